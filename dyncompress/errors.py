@@ -1,0 +1,50 @@
+"""Everything that dyncompress raises on purpose.
+
+DynCompressError
++-- TraceError           the network could not be run or followed; names the module path and the op
++-- UnknownMethodError   no such method; lists the registered names
++-- BudgetError          ill-formed or unreachable target; gives the reachable range
++-- PlanError            the plan does not fit this network; gives the first difference
++-- DistillationError    the student cannot be taught: no forward captured, wrong teacher, other outputs
++-- CheckpointError      a checkpoint or bundle holds no plan, another plan, or cannot be read
++-- ExportError          an exported file does not reproduce the network
++-- RecipeError          a recipe is unreadable or names something that does not exist
+
+A message says what is wrong (with the value), what is allowed, and what to do.
+"""
+
+
+class DynCompressError(Exception):
+    """Root of every error that dyncompress raises on purpose."""
+
+
+class TraceError(DynCompressError):
+    """The network could not be run or followed."""
+
+
+class UnknownMethodError(DynCompressError):
+    """No method of that name is registered."""
+
+
+class BudgetError(DynCompressError):
+    """The target is ill-formed or cannot be reached."""
+
+
+class PlanError(DynCompressError):
+    """The plan does not fit the network."""
+
+
+class DistillationError(DynCompressError):
+    """The student cannot be taught by this teacher."""
+
+
+class CheckpointError(DynCompressError):
+    """A checkpoint or bundle cannot be used."""
+
+
+class ExportError(DynCompressError):
+    """An exported file does not reproduce the network."""
+
+
+class RecipeError(DynCompressError):
+    """A recipe is unreadable or names something that does not exist."""
