@@ -1,0 +1,287 @@
+"""DyNet: each output channel mixes its own g kernels with coefficients predicted from the block's input.
+
+Paper: Zhang, Zhang, Wang, Wang, "DyNet: Dynamic Convolution for Accelerating Convolutional Neural Networks",
+arXiv 2004.10694, section 3.2. For image b and output channel t::
+
+    eta[b, t, i] = sigmoid(router(GAP(x_block[b])))[t, i]
+    y[b, t] = (sum_i eta[b, t, i] * bank[t, i]) conv x[b] + bias[t]
+
+Deviations from the paper:
+
+* The bias stays outside the mix, so that a BatchNorm can be folded into bank and bias exactly.
+* The rows of a block's router live in the layers that they serve: same arithmetic, and each layer is whole.
+* With ``reduction`` a ReLU stands between the two linear layers (the paper's text names none).
+* Mixed kernels run as the shapes ask, not by training or inference (``execution``).
+* Training starts from a static convolution (``load_static``); the paper trains from scratch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dyncompress.errors import DynCompressError
+from dyncompress.layers.execution import dynamic_conv
+from dyncompress.layers.method import DynamicConv, Method, register_method
+from dyncompress.layers.router import Handover, RouterLinear, Squeeze
+from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
+from dyncompress.layers.static import Static
+
+__all__ = ["DyNet", "DyNetConv"]
+
+# placement="auto" keeps kernel assembly, g / positions of the convolution, within this share.
+_ASSEMBLY_LIMIT = 16  # as 1 / 16
+# Initial logits of a warm start: far enough apart that the anchor carries the static kernel (sigmoid 0.88 and
+# 0.12), close enough to zero that the gradient of the sigmoid (0.1) still trains the router.
+_ANCHOR_LOGIT, _ATOM_LOGIT = 2.0, -2.0
+# Noise on the atoms, in units of the rms of the static weight: equal atoms would stay equal for ever.
+_ATOM_NOISE = 0.2
+
+
+@register_method("dynet")
+@dataclass(frozen=True)
+class DyNet:
+    """Options of DyNet.
+
+    Args:
+        g: Kernels per output channel, at least 1.
+        router: ``"block"``: the layers built together read one squeezed input, that of the first;
+            ``"layer"``: each its own.
+        reduction: 0 for one linear layer; r > 0 for two with max(8, channels // r) hidden units.
+        placement: ``"auto"``: leave layers static, or give them fewer kernels, where a bank costs more than
+            it can give; ``"all"``: a bank of g everywhere.
+
+    Raises:
+        DynCompressError: If an option has no such value.
+
+    Source:
+        arXiv 2004.10694, section 3.2; the paper has g = 6, and reduction 4 in its ResNets.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = (
+        "DyNet: Dynamic Convolution for Accelerating Convolutional Neural Networks, arXiv 2004.10694"
+    )
+
+    g: int = 4
+    router: Literal["block", "layer"] = "block"
+    reduction: int = 0
+    placement: Literal["auto", "all"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.g < 1:
+            raise DynCompressError(
+                f"g {self.g} is no number of kernels: give at least 2 (1 leaves every layer static)"
+            )
+        if self.router not in ("block", "layer"):
+            raise DynCompressError(f"router {self.router!r} is unknown: choose 'block' or 'layer'")
+        if self.reduction < 0:
+            raise DynCompressError(
+                f"reduction {self.reduction} is negative: give 0 for one linear layer, or a divisor such as 4"
+            )
+        if self.placement not in ("auto", "all"):
+            raise DynCompressError(f"placement {self.placement!r} is unknown: choose 'auto' or 'all'")
+
+    @property
+    def sharing(self) -> Literal["layer", "block"]:
+        """Which layers are built together, as ``router`` says."""
+        return self.router
+
+    def place(self, site: ConvSite) -> tuple[Method, str]:
+        """DyNet, with fewer kernels or not at all where a bank does not pay.
+
+        Example:
+            >>> method, reason = DyNet(g=4).place(ConvSite("c", ConvSpec(64, 64, (3, 3)), positions=49))
+            >>> method.g, reason
+            (2, 'g 4 -> 2: assembling 4 kernels on 49 positions costs 8.2 % of the conv, above 6.2 %')
+        """
+        if self.g < 2:
+            return Static(), f"static: a bank of {self.g} kernel has nothing to mix"
+        if self.placement == "all":
+            return self, ""
+        percent = 100 * self.g / site.positions
+        share = f"{self.g} kernels on {site.positions} positions costs {percent:.1f} % of the conv"
+        if site.spec.is_depthwise:
+            return Static(), (
+                f"static: depthwise, {site.spec.kernel_params:,} weights; assembling {share} "
+                f"and slows it more than narrowing saves"
+            )
+        g = self.g
+        while g > 1 and g * _ASSEMBLY_LIMIT > site.positions:
+            g //= 2
+        if g == self.g:
+            return self, ""
+        too_much = f"assembling {share}, above {100 / _ASSEMBLY_LIMIT:.1f} %"
+        if g < 2:
+            return Static(), f"static: {too_much}, and 2 would too"
+        return replace(self, g=g), f"g {self.g} -> {g}: {too_much}"
+
+    def macs(self, sites: Sequence[ConvSite]) -> list[Macs]:
+        """Multiply-adds per image, with S output positions and P weights of one static kernel.
+
+        conv = P * S, kernels = g * P, router = features * out * g. Features are the channels of the layer
+        that owns the router; with ``reduction`` its hidden units, and the owner pays channels * hidden too.
+
+        Example:
+            >>> DyNet(g=4).macs([ConvSite("c", ConvSpec(16, 32, (3, 3)), positions=64)])
+            [Macs(conv=294912, kernels=18432, router=2048)]
+        """
+        costs = []
+        for site, (channels, owns) in zip(sites, self._routers(sites), strict=True):
+            hidden = self._hidden(channels)
+            router = (hidden or channels) * site.spec.out_channels * self.g + channels * hidden * owns
+            kernels = self.g * site.spec.kernel_params
+            costs.append(Macs(site.spec.kernel_params * site.positions, kernels, router))
+        return costs
+
+    def params(self, sites: Sequence[ConvSite]) -> list[int]:
+        """Parameters: bank g * P, bias, router (features + 1) * out * g, hidden layer in the owner."""
+        counts = []
+        for site, (channels, owns) in zip(sites, self._routers(sites), strict=True):
+            hidden, out = self._hidden(channels), site.spec.out_channels
+            router = ((hidden or channels) + 1) * out * self.g + (channels + 1) * hidden * owns
+            counts.append(self.g * site.spec.kernel_params + out * site.spec.bias + router)
+        return counts
+
+    def build(self, sites: Sequence[ConvSite]) -> list[nn.Module]:
+        """One layer per site; with ``router="block"`` the first one squeezes the input for all."""
+        handover = Handover(readers=len(sites) - 1) if self.router == "block" and len(sites) > 1 else None
+        layers: list[nn.Module] = []
+        for index, (site, (channels, owns)) in enumerate(zip(sites, self._routers(sites), strict=True)):
+            hidden = self._hidden(channels)
+            squeeze = Squeeze(channels, hidden) if owns else None
+            reader = None if owns else index - 1
+            layers.append(DyNetConv(site.spec, self.g, hidden or channels, squeeze, handover, reader))
+        return layers
+
+    def _routers(self, sites: Sequence[ConvSite]) -> list[tuple[int, bool]]:
+        """Per site: channels that its router reads, and whether the site owns that router."""
+        if self.router == "layer":
+            return [(site.spec.in_channels, True) for site in sites]
+        return [(sites[0].spec.in_channels, index == 0) for index in range(len(sites))]
+
+    def _hidden(self, channels: int) -> int:
+        return max(8, channels // self.reduction) if self.reduction else 0
+
+
+class DyNetConv(DynamicConv):
+    """A convolution whose output channels each mix g kernels of their own.
+
+    Args:
+        spec: Shapes of the convolution.
+        g: Kernels per output channel.
+        features: Length of the squeezed input.
+        squeeze: Squeezes this layer's input; None for a layer that reads another's.
+        handover: What the layers of a block share; None for a layer on its own.
+        reader: This layer's place in the handover; None for the layer that writes.
+    """
+
+    method: ClassVar[str] = "dynet"
+
+    def __init__(
+        self,
+        spec: ConvSpec,
+        g: int,
+        features: int,
+        squeeze: Squeeze | None,
+        handover: Handover | None,
+        reader: int | None,
+    ) -> None:
+        super().__init__(spec)
+        self.g = g
+        self.bank = nn.Parameter(torch.empty(spec.out_channels, g, *spec.weight_shape[1:]))
+        self.bias = nn.Parameter(torch.empty(spec.out_channels)) if spec.bias else None
+        self.squeeze = squeeze
+        self.router = RouterLinear(features, spec.out_channels * g)
+        self.handover = handover
+        self.reader = reader
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from scratch: coefficients 1/2, a mixed kernel with the variance of nn.ConvNd's default."""
+        fan_in = math.prod(self.spec.weight_shape[1:])
+        bound = 1 / math.sqrt(fan_in)
+        nn.init.uniform_(self.bank, -2 * bound / math.sqrt(self.g), 2 * bound / math.sqrt(self.g))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.router.weight)
+        nn.init.zeros_(self.router.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [B, in, *size] -> [B, out, *size']."""
+        if x.ndim != self.spec.ndim + 2:
+            raise DynCompressError(
+                f"input has shape {tuple(x.shape)}; a {self.spec.ndim}-d dynamic convolution takes [B, "
+                f"{self.spec.in_channels}] and {self.spec.ndim} spatial sizes: give a batch"
+            )
+        return dynamic_conv(x, self.bank, self.coefficients(x), self.bias, self.spec)
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """Coefficients [B, out, g] in (0, 1), of x [B, in, *size] or of the block's input; fp32 at least."""
+        if self.squeeze is not None:
+            features = self.squeeze(x)
+            if self.handover is not None:
+                self.handover.put(features)
+        else:
+            assert self.handover is not None and self.reader is not None
+            features = self.handover.take(self.reader, x)
+        eta: Tensor = torch.sigmoid(self.router(features))
+        return eta.reshape(-1, self.spec.out_channels, self.g)
+
+    @torch.no_grad()
+    def load_static(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        spare: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Warm start: constant coefficients, atoms from discarded filters, an anchor that makes it exact.
+
+        Kernels i >= 1 of an output channel are its atoms: the spare filters most similar to it (cosine),
+        scaled to its norm, the filter itself where spares run out, and a little noise. Kernel 0 is its
+        anchor, (weight[t] - sum_{i >= 1} eta_i * bank[t, i]) / eta_0, with eta = sigmoid(+2), sigmoid(-2), ...
+
+        See :meth:`DynamicConv.load_static` for arguments and errors.
+        """
+        self.check_static(weight, bias, spare)
+        self.router.weight.zero_()
+        logits = torch.full((self.g,), _ATOM_LOGIT)
+        logits[0] = _ANCHOR_LOGIT
+        self.router.bias.copy_(logits.repeat(self.spec.out_channels))
+
+        weight = weight.to(self.bank.device, torch.float64)
+        self.bank[:, 1:].copy_(_atoms(weight, spare, self.g - 1, generator))
+        # Computed from the stored atoms, so that their rounding to the bank's dtype is made up for.
+        eta = torch.sigmoid(logits.double()).to(weight.device)
+        rest = torch.einsum("i,ti...->t...", eta[1:], self.bank[:, 1:].double())
+        self.bank[:, 0].copy_((weight - rest) / eta[0])
+        if self.bias is not None:
+            self.bias.copy_(bias if bias is not None else torch.zeros_like(self.bias))
+
+    def extra_repr(self) -> str:
+        """Method, shapes, g, and whose input the router reads."""
+        source = "its own" if self.squeeze is not None else "its block's"
+        return f"{super().extra_repr()}, g={self.g}, routed by {source} input"
+
+
+def _atoms(weight: Tensor, spare: Tensor | None, count: int, generator: torch.Generator | None) -> Tensor:
+    """Nearest spare filters of each filter, and a little noise: [out, count, in / groups, *kernel]."""
+    atoms = weight.unsqueeze(1).expand(-1, count, *weight.shape[1:]).clone()
+    filters = weight.flatten(1)
+    if spare is not None and spare.shape[0] and count:
+        spares = spare.to(weight).flatten(1)
+        spares = nn.functional.normalize(spares[spares.norm(dim=1) > 0])
+        nearest = (nn.functional.normalize(filters) @ spares.T).topk(min(count, len(spares))).indices
+        chosen = spares[nearest] * filters.norm(dim=1)[:, None, None]
+        atoms[:, : nearest.shape[1]] = chosen.unflatten(2, weight.shape[1:])
+    rms = weight.square().mean().sqrt().item() or filters.shape[1] ** -0.5
+    device = generator.device if generator is not None else None
+    noise = torch.randn(atoms.shape, generator=generator, device=device).to(atoms)
+    return atoms + _ATOM_NOISE * rms * noise

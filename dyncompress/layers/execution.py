@@ -1,0 +1,160 @@
+"""How a per-sample convolution runs: one module's business, shared by all methods.
+
+A convolution is linear in its kernel, so a mixed kernel can be applied in several exact ways (Zhang et al.,
+DyNet, arXiv 2004.10694, eq. 2):
+
+========== ============================================================ =====================================
+strategy   what runs                                                    when
+========== ============================================================ =====================================
+single     one plain convolution                                        batch 1
+bmm        one matrix product per image                                 1x1, stride 1, no padding, no groups
+grouped    the batch as groups of one convolution                       otherwise
+features   all kernels of the bank on every image, then the mix         small maps with large kernels; batch 0
+========== ============================================================ =====================================
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dyncompress.layers.spec import ConvSpec
+
+__all__ = ["Strategy", "assemble", "dynamic_conv", "full_precision"]
+
+Strategy = Literal["single", "grouped", "bmm", "features"]
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+# Kernels of one chunk stay in the cache: whole batches of them cost more in page faults than in arithmetic.
+_CHUNK_BYTES = 4 << 20
+# Above this size per image a small map cannot amortise its kernels, and mixing features costs less.
+_LARGE_KERNEL_BYTES = 1 << 20
+_SMALL_MAP = 64
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off on the device of ``x``, for coefficients and for mixing kernels."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def assemble(bank: Tensor, eta: Tensor) -> Tensor:
+    """Kernels of each image: kernels[b, t] = sum_i eta[b, t, i] * bank[t, i].
+
+    One batched matrix product, so that torch's FLOP counter sees its g * P multiply-adds per image.
+
+    Args:
+        bank: [out, g, in / groups, *kernel].
+        eta: [B, out, g], any floating dtype.
+
+    Returns:
+        [B, out, in / groups, *kernel] in the dtype of the bank.
+    """
+    with full_precision(bank):
+        mixed = torch.bmm(eta.to(bank.dtype).transpose(0, 1), bank.flatten(2))
+    return mixed.transpose(0, 1).reshape(eta.shape[0], bank.shape[0], *bank.shape[2:])
+
+
+def dynamic_conv(
+    x: Tensor,
+    bank: Tensor,
+    eta: Tensor,
+    bias: Tensor | None,
+    spec: ConvSpec,
+    strategy: Strategy | None = None,
+) -> Tensor:
+    """Convolve each image with its own mix of the bank's kernels.
+
+    Args:
+        x: [B, in, *size].
+        bank: [out, g, in / groups, *kernel].
+        eta: [B, out, g], the coefficients of each image.
+        bias: [out], added to every image alike, or None.
+        spec: Shapes, padding and groups of the convolution.
+        strategy: How to run it; by default chosen from the shapes. All give the same result.
+
+    Returns:
+        [B, out, *size'].
+    """
+    strategy = strategy or _choose(x, bank, spec)
+    if strategy == "features":
+        return _features(x, bank, eta, bias, spec)
+    size = _chunk(bank)
+    # A chunk loop would fix the batch size of a traced graph; the compiler plans memory itself.
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= size:
+        return _run(strategy, x, assemble(bank, eta), bias, spec)
+    chunks = zip(x.split(size), eta.split(size), strict=True)
+    return torch.cat([_run(strategy, part, assemble(bank, mix), bias, spec) for part, mix in chunks])
+
+
+def _choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
+    batch = x.shape[0]
+    if batch == 1:
+        return "single"
+    if torch.compiler.is_compiling():
+        return "bmm" if spec.is_pointwise else "grouped"
+    if batch == 0:
+        return "features"
+    if spec.is_pointwise:
+        return "bmm"
+    small = batch >= 16 and math.prod(spec.output_size(x.shape[2:])) <= _SMALL_MAP
+    large = spec.kernel_params * bank.element_size() >= _LARGE_KERNEL_BYTES and bank.shape[1] <= 4
+    return "features" if small and large else "grouped"
+
+
+def _chunk(bank: Tensor) -> int:
+    """Images whose assembled kernels fill one chunk."""
+    kernel_bytes = bank[:, 0].numel() * bank.element_size()
+    return max(1, _CHUNK_BYTES // kernel_bytes)
+
+
+def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    if strategy == "bmm":
+        return _pointwise(x, kernels, bias)
+    if strategy == "single":
+        return _convolve(x, kernels[0], bias, spec, spec.groups)
+    return _grouped(x, kernels, bias, spec)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, groups: int) -> Tensor:
+    """A plain convolution with any padding; ``groups`` may be those of the spec times the batch."""
+    padding = [before for before, _ in spec.pads]
+    symmetric = all(before == after for before, after in spec.pads)
+    if any(map(any, spec.pads)) and not (symmetric and spec.padding_mode == "zeros"):
+        mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+        x = F.pad(x, [side for pair in reversed(spec.pads) for side in pair], mode=mode)
+        padding = [0] * spec.ndim
+    return _CONV[spec.ndim](x, weight, bias, spec.stride, padding, spec.dilation, groups)
+
+
+def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    batch = x.shape[0]
+    out = _convolve(
+        x.reshape(1, batch * spec.in_channels, *x.shape[2:]),
+        kernels.reshape(batch * spec.out_channels, *kernels.shape[2:]),
+        None if bias is None else bias.repeat(batch),
+        spec,
+        spec.groups * batch,
+    )
+    return out.reshape(batch, spec.out_channels, *out.shape[2:])
+
+
+def _pointwise(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.bmm(kernels.flatten(2), x.flatten(2))
+    if bias is not None:
+        out = out + bias.to(out.dtype).unsqueeze(1)
+    return out.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def _features(x: Tensor, bank: Tensor, eta: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    maps = _convolve(x, bank.flatten(0, 1), None, spec, spec.groups)
+    maps = maps.reshape(*eta.shape, *maps.shape[2:])
+    out = (maps * eta.reshape(*eta.shape, *(1,) * spec.ndim)).sum(2).to(maps.dtype)
+    return out if bias is None else out + bias.to(out.dtype).reshape(-1, *(1,) * spec.ndim)

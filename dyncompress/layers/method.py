@@ -1,0 +1,182 @@
+"""What a dynamic-convolution method is: a map from sites to costs and from sites to modules.
+
+A method is a frozen dataclass of options, registered under a name. Its interface is plural (``sites``, not
+``site``) since layers may share a router or kernels; such layers are built together, in execution order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from dyncompress.errors import DynCompressError, UnknownMethodError
+from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
+
+__all__ = ["DynamicConv", "Method", "get_method", "list_methods", "register_method"]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A way to replace convolutions, as a frozen dataclass of options.
+
+    Attributes:
+        name: Registered name, set by :func:`register_method`.
+        paper: Where the method is from; empty when it is no invention.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def sharing(self) -> Literal["layer", "block"]:
+        """Which layers are built together: each alone, or those of one block."""
+        ...
+
+    def place(self, site: ConvSite) -> tuple[Method, str]:
+        """The method to use on a site, and the reason when it is not this one unchanged ("" otherwise)."""
+        ...
+
+    def macs(self, sites: Sequence[ConvSite]) -> list[Macs]:
+        """Multiply-adds per site for one image, for sites built together in execution order."""
+        ...
+
+    def params(self, sites: Sequence[ConvSite]) -> list[int]:
+        """Parameters per site; entry i is ``numel`` of the i-th module that :meth:`build` returns."""
+        ...
+
+    def build(self, sites: Sequence[ConvSite]) -> list[nn.Module]:
+        """One module per site, freshly initialised, for sites built together in execution order."""
+        ...
+
+
+class DynamicConv(nn.Module):
+    """Base of every layer whose kernel depends on its input.
+
+    A subclass takes what nn.ConvNd takes and returns what it returns: x [B, in, *size] -> [B, out, *size'].
+
+    Args:
+        spec: Shapes of the convolution that the layer replaces.
+    """
+
+    method: ClassVar[str] = ""
+
+    def __init__(self, spec: ConvSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def load_static(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        spare: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Start as a static convolution: the layer computes ``conv(x, weight, bias)`` until it is trained.
+
+        Args:
+            weight: [out, in / groups, *kernel], the static kernel.
+            bias: [out], or None for zeros.
+            spare: [n, in / groups, *kernel], filters that narrowing discarded; they seed the bank.
+            generator: Random numbers for what breaks the symmetry of the bank; torch's default one if None.
+
+        Raises:
+            DynCompressError: If a shape differs from the spec's.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement load_static")
+
+    def check_static(self, weight: Tensor, bias: Tensor | None, spare: Tensor | None = None) -> None:
+        """Raise unless the tensors have the shapes that :meth:`load_static` takes."""
+        spec = self.spec
+        if tuple(weight.shape) != spec.weight_shape:
+            raise DynCompressError(
+                f"weight has shape {tuple(weight.shape)}; this layer ({spec}) takes {spec.weight_shape}: "
+                "narrow the weight first"
+            )
+        if bias is not None and (not spec.bias or tuple(bias.shape) != (spec.out_channels,)):
+            allowed = f"shape ({spec.out_channels},)" if spec.bias else "none"
+            raise DynCompressError(
+                f"bias has shape {tuple(bias.shape)}; this layer ({spec}) takes {allowed}: match the spec"
+            )
+        if spare is not None and tuple(spare.shape[1:]) != spec.weight_shape[1:]:
+            raise DynCompressError(
+                f"spare filters have shape {tuple(spare.shape)}; this layer ({spec}) takes (n, "
+                f"{', '.join(map(str, spec.weight_shape[1:]))}): select the kept input channels first"
+            )
+
+    def extra_repr(self) -> str:
+        """Method and shapes."""
+        return f"{self.method}, {self.spec}"
+
+
+M = TypeVar("M", bound=type[Method])
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register_method(name: str) -> Callable[[M], M]:
+    """Class decorator that makes a method known under ``name``.
+
+    Args:
+        name: How plans and users call the method.
+
+    Raises:
+        DynCompressError: If the name is taken.
+    """
+
+    def register(method: M) -> M:
+        if name in _METHODS:
+            raise DynCompressError(
+                f"method {name!r} is already registered by {_METHODS[name].__qualname__}: choose another name"
+            )
+        method.name = name
+        _METHODS[name] = method
+        return method
+
+    return register
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """A method by its name.
+
+    Args:
+        name: One of :func:`list_methods`.
+        **options: Fields of the method's dataclass.
+
+    Raises:
+        UnknownMethodError: If no method has that name.
+        DynCompressError: If the method has no such option, or not with such a value.
+
+    Example:
+        >>> get_method("dynet", g=6).macs([ConvSite("c", ConvSpec(8, 8, (3, 3)), 64)])[0].kernels
+        3456
+    """
+    if name not in _METHODS:
+        raise UnknownMethodError(
+            f"no method {name!r}; known: {', '.join(list_methods())}{_nearest(name, _METHODS)}"
+        )
+    method: Any = _METHODS[name]
+    allowed = [field.name for field in dataclasses.fields(method)]
+    for option in options:
+        if option not in allowed:
+            raise DynCompressError(
+                f"method {name!r} has no option {option!r}; its options: {', '.join(allowed) or 'none'}"
+                f"{_nearest(option, allowed)}"
+            )
+    configured: Method = method(**options)
+    return configured
+
+
+def _nearest(word: str, words: Any) -> str:
+    match = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ": use one of those"

@@ -1,0 +1,86 @@
+"""Predicting coefficients from a layer's input, and handing that input on to the other layers of a block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dyncompress.errors import DynCompressError
+from dyncompress.layers.execution import full_precision
+
+__all__ = ["Handover", "RouterLinear", "Squeeze"]
+
+
+class RouterLinear(nn.Linear):
+    """A linear layer that computes in fp32 at least, whatever its parameters' dtype and autocast say."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [B, in] -> [B, out]."""
+        with full_precision(input):
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class Squeeze(nn.Module):
+    """One vector per image: the mean over all positions, through a ReLU layer if ``hidden``.
+
+    Args:
+        channels: Channels of the input.
+        hidden: Width of the ReLU layer; 0 for none.
+    """
+
+    def __init__(self, channels: int, hidden: int = 0) -> None:
+        super().__init__()
+        self.out_features = hidden or channels
+        self.reduce = RouterLinear(channels, hidden) if hidden else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [B, channels, *size] -> [B, out_features] in fp32 (fp64 for fp64)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean = x.mean(dim=tuple(range(2, x.ndim)), dtype=dtype)
+        return mean if self.reduce is None else F.relu(self.reduce(mean))
+
+
+class Handover:
+    """Hands a block's squeezed input from its first layer to the others, within one forward pass.
+
+    A plain object that the layers share by reference. Each reader takes its entry away, so that no autograd
+    graph outlives its step. Copies and pickles carry no tensors; a copied block's layers share the copy.
+
+    Args:
+        readers: How many layers read what the first one writes.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self._waiting: list[Tensor | None] = [None] * readers
+
+    def put(self, description: Tensor) -> None:
+        """Leave a [B, features] tensor for every reader."""
+        self._waiting = [description] * len(self._waiting)
+
+    def take(self, reader: int, x: Tensor) -> Tensor:
+        """What was left for a reader whose input is ``x`` [B, ...]; it is gone afterwards.
+
+        Raises:
+            DynCompressError: If nothing waits, or it is of another batch or device.
+        """
+        description = self._waiting[reader]
+        self._waiting[reader] = None
+        if description is None:
+            raise DynCompressError(
+                "no coefficients wait for this layer: the first layer of its block, which owns the router, "
+                "must run before it, once for each run of it; convert with router='layer' where layers are "
+                "skipped, repeated, reordered or checkpointed one by one"
+            )
+        if description.shape[0] != x.shape[0] or description.device != x.device:
+            raise DynCompressError(
+                f"the router of this block saw a batch of {description.shape[0]} on {description.device}, "
+                f"this layer {x.shape[0]} on {x.device}; both must agree: convert with router='layer'"
+            )
+        return description
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_waiting": [None] * len(self._waiting)}
