@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "dyncompress/__init__.py").read_text("utf-8"), re.M)[1]
 
-# 2.6.2 and 2.6.3 were published by an attacker; later and earlier releases are clean.
+# 2.6.2 and 2.6.3 were published by an attacker and steal credentials on import (GHSA-w37p-236h-pfx3).
 CLEAN = ">=2.2,!=2.6.2,!=2.6.3"
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]

@@ -13,12 +13,13 @@ ORDER = """
     errors
     layers.spec layers.method layers.execution layers.static layers.dynet layers
     labels narrowing propagation rules graph cost budget plan allocation conversion folding
-    distillation evaluation planning report bundle checkpoint
+    distillation evaluation planning plotting report bundle checkpoint
     callback recipe cli __main__
 """.split()
 HOST = "callback"  # the first module that may know Lightning or W&B; those above it work on any torch network
 HOSTS = {"lightning", "pytorch_lightning", "wandb"}
 LINES = 400
+NOT_INSTALLED = {"recipes", "tests", *(path.stem for path in (ROOT / "recipes").glob("*.py"))}
 
 MODULES = {
     ".".join(path.relative_to(ROOT / "dyncompress").with_suffix("").parts).removesuffix(".__init__"): path
@@ -56,7 +57,7 @@ def faults(module: str, source: str, package: str) -> list[str]:
         top = name.split(".")[0]
         if top in HOSTS and ORDER.index(module) < ORDER.index(HOST):
             found.append(f"{module} knows {top}")
-        if top in ("recipes", "tests"):
+        if top in NOT_INSTALLED:
             found.append(f"{module} imports {name}, which is not installed")
         if top == "dyncompress" and name != "dyncompress.__version__":
             target = known(name)
