@@ -1,0 +1,213 @@
+"""Carry a plan out: cut the network, put the methods' layers in, and let it start where the narrowed one stands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cost import fits
+from .errors import CheckpointError, PlanError
+from .graph import as_call, parameter_shapes
+from .importance import best, importance
+from .layers import DynamicConv, Static, load_static
+from .narrowing import cut, positions
+from .plan import Plan
+
+TAG = "_dyncompress"
+_KEY = f"{TAG}._extra_state"
+
+
+class PlanTag(nn.Module):
+    """Carries the plan in the network's state dict, as extra state: a uint8 tensor of its JSON.
+
+    Extra state, and not a buffer: averaging callbacks average buffers, and would corrupt it. A tensor, and not a
+    dict: safetensors and ``torch.load(weights_only=True)`` take nothing else. It sits in the plan's first
+    convolution, where no code iterates over children.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def get_extra_state(self) -> Tensor:
+        return torch.frombuffer(bytearray(self.plan.to_json().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if bytes(state.cpu().numpy().tobytes()) != self.plan.to_json().encode():
+            raise CheckpointError(
+                "the state dict was written by a network of another plan; rebuild it first, with dyncompress.load,"
+                " dyncompress.load_from_checkpoint or convert(net, the checkpoint's plan)"
+            )
+
+
+def convert(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
+    """A student: the network with the plan carried out. The network itself stays as it is.
+
+    The student computes exactly what the narrowed static network computes, until it is trained.
+
+    Args:
+        net: The network that the plan was made for.
+        plan: The decision.
+        seed: Of the noise that tells the kernels of a bank apart.
+
+    Returns:
+        A new network.
+
+    Raises:
+        PlanError: If the plan doesn't fit the network; names the first difference.
+    """
+    return convert_(deepcopy(getattr(net, "_orig_mod", net)), plan, seed=seed)
+
+
+def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
+    """`convert` in place; nothing is touched when the plan doesn't fit.
+
+    Parameters that a method doesn't replace keep their identity.
+    """
+    plan = resolve(net, plan)
+    originals = {op.module: net.get_submodule(op.module).weight.detach() for op in plan.graph.convs}
+    _cut(net, plan)
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in _layers(plan).items():
+        old = net.get_submodule(name)
+        weight, bias = _filters(old)
+        layer.to(weight.device, weight.dtype)
+        spare = _spare(originals[name], plan, f"{name}.weight")
+        load_static(layer, weight, bias, spare=spare, generator=generator)
+        layer.train(old.training)
+        if not weight.requires_grad:
+            layer.requires_grad_(False)
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, layer)
+    anchor = net.get_submodule(plan.graph.convs[0].module)
+    anchor.add_module(TAG, PlanTag(plan))
+    return net
+
+
+def narrowed(net: nn.Module, plan: Plan) -> nn.Module:
+    """The static network of the plan's widths: what the student computes at step 0."""
+    copy = deepcopy(getattr(net, "_orig_mod", net))
+    _cut(copy, resolve(copy, plan))
+    return copy
+
+
+def resolve(net: nn.Module, plan: Plan) -> Plan:
+    """The same plan with the kept channels named: the best by magnitude, where it gives only their number.
+
+    Raises:
+        PlanError: If the plan doesn't fit the network, or the network is converted already.
+    """
+    if plan_of(net) is not None:
+        raise PlanError(f"{type(net).__name__} is converted already; convert the original network")
+    difference = fits(plan.graph, parameter_shapes(net))
+    if difference:
+        raise PlanError(f"the plan was made for another network: {difference}; make one for this network with make_plan")
+    if all(not isinstance(k, int) for k in plan.keep):
+        return plan
+    scores = importance(net, plan.graph)
+    keep = tuple(best(s, k) if isinstance(k, int) else k for s, k in zip(scores, plan.keep, strict=True))
+    return dataclasses.replace(plan, keep=keep)
+
+
+def _cut(net: nn.Module, plan: Plan) -> None:
+    cut(net, plan.graph.axes, plan.graph.seams, [k for k in plan.keep if not isinstance(k, int)])
+
+
+def _filters(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return conv.weight, conv.bias  # type: ignore[return-value]
+
+
+def _spare(weight: Tensor, plan: Plan, name: str) -> Tensor | None:
+    """Filters that the cut discarded, with the input channels that it kept."""
+    kept = [k for k in plan.keep if not isinstance(k, int)]
+    axes = plan.graph.axes
+    if f"{name}:0" not in axes:
+        return None
+    stay = set(positions(axes[f"{name}:0"], kept))
+    gone = [i for i in range(weight.shape[0]) if i not in stay]
+    spare = weight[gone]
+    if f"{name}:1" in axes:
+        spare = spare[:, positions(axes[f"{name}:1"], kept)]
+    return spare
+
+
+def _layers(plan: Plan) -> dict[str, nn.Module]:
+    """A fresh layer for every convolution that doesn't stay static, built together with those it shares with."""
+    model = plan._after
+    layers: dict[str, nn.Module] = {}
+    for members in model.sets:
+        method = model.choices[members[0].module].method
+        if not isinstance(method, Static):
+            built = method.build([model.site(op, plan.widths) for op in members])
+            layers |= zip((op.module for op in members), built, strict=True)
+    return layers
+
+
+def plan_of(net: nn.Module) -> Plan | None:
+    """The plan that a converted network carries; None for any other."""
+    return next((m.plan for m in net.modules() if isinstance(m, PlanTag)), None)
+
+
+def plans_in(state: Mapping[str, Any]) -> dict[str, Plan]:
+    """Plans in a state dict, by the prefix of the network that each belongs to ('' or 'net.', say).
+
+    Raises:
+        CheckpointError: If a plan is there but unreadable.
+    """
+    plans = {}
+    for key, value in state.items():
+        if not key.endswith(f".{_KEY}") or not isinstance(value, Tensor):
+            continue
+        try:
+            plan = Plan.from_json(bytes(value.cpu().numpy().tobytes()).decode())
+        except (PlanError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"the plan in '{key}' is damaged: {error}") from None
+        anchor = f"{plan.graph.convs[0].module}.{_KEY}"
+        if not key.endswith(anchor):
+            raise CheckpointError(f"the plan in '{key}' belongs to '{anchor}'; the checkpoint is damaged")
+        plans[key.removesuffix(anchor)] = plan
+    return plans
+
+
+def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
+    """Estimate BatchNorm statistics anew on a few batches: a cut network's differ from the original's.
+
+    Args:
+        net: The network; its modes are left as found.
+        batches: Inputs, each as `trace` takes them.
+
+    Returns:
+        Number of batches that were used.
+    """
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    found = list(batches)
+    if not norms or not found:
+        return 0
+    modes = {m: m.training for m in net.modules()}
+    momenta = {m: m.momentum for m in norms}
+    try:
+        net.eval()
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # a cumulative average
+            m.train()
+        with torch.no_grad():
+            for batch in found:
+                args, kwargs = as_call(batch)
+                net(*args, **kwargs)
+    finally:
+        for m, momentum in momenta.items():
+            m.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+    return len(found)
+
+
+def is_dynamic(net: nn.Module) -> bool:
+    """Whether any layer of the network is dynamic."""
+    return any(isinstance(m, DynamicConv) for m in net.modules())

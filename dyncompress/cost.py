@@ -1,0 +1,157 @@
+"""What a network costs: multiply-adds (MACs) and parameters, of a module that exists or of one that is planned.
+
+One multiply-add counts as 1 MAC; papers and ptflops call that a FLOP. A dynamic convolution costs its convolution,
+the assembly of its kernels and its share of the router, for one image at batch 1. Only convolutions and matrix
+products count (as in torch's `FlopCounterMode`, which gives twice these numbers).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .graph import ConvGraph, Extent, Operation, as_call, extent, one_image
+from .layers import ConvSite, ConvSpec, Macs, Method
+
+
+def measure_macs(net: nn.Module, example: Any) -> int:
+    """MACs of one forward pass on one image, counted by torch while a copy of the network runs.
+
+    Args:
+        net: Any network; left as it was.
+        example: What its ``forward`` takes; a batch is cut to its first image.
+
+    Returns:
+        Multiply-adds of every convolution and matrix product.
+    """
+    args, kwargs = as_call(one_image(example))
+    copy = deepcopy(getattr(net, "_orig_mod", net)).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+        copy(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2
+
+
+def count_params(net: nn.Module) -> int:
+    """Number of parameters; a tensor that is used twice counts once."""
+    return sum(p.numel() for p in net.parameters())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one convolution."""
+
+    name: str
+    method: Method
+    share: str = ""  # layers with the same share (and method) are built together; "" stands alone
+    reason: str = ""  # why it isn't simply the plan's method
+
+
+class CostModel:
+    """Cost of a network as a function of its widths: integer arithmetic, no module is built.
+
+    Args:
+        graph: Its channel graph.
+        choices: What becomes of each of ``graph.convs``, in that order.
+    """
+
+    def __init__(self, graph: ConvGraph, choices: Sequence[Choice]) -> None:
+        self.graph = graph
+        self.choices = {c.name: c for c in choices}
+        sets: dict[Any, list[Operation]] = {}
+        for op, choice in zip(graph.convs, choices, strict=True):
+            key = (choice.share, choice.method) if choice.share else op.module
+            sets.setdefault(key, []).append(op)
+        self.sets = list(sets.values())
+        self._known: dict[Any, list[tuple[Macs, int]]] = {}
+        self._parameters = [
+            (math.prod(s for d, s in enumerate(shape) if f"{name}:{d}" not in graph.axes), extents)
+            for name, shape in graph.parameters.items()
+            if name not in self._replaced
+            for extents in [[_extent(graph, f"{name}:{d}") for d in range(len(shape)) if f"{name}:{d}" in graph.axes]]
+        ]
+
+    @property
+    def _replaced(self) -> set[str]:
+        """Weights and biases that a method's layer replaces (its own formula counts them)."""
+        return {f"{op.module}.{kind}" for op in self.graph.convs for kind in ("weight", "bias")}
+
+    def site(self, op: Operation, keep: Sequence[int]) -> ConvSite:
+        """A convolution at the widths of a plan."""
+        assert op.spec is not None
+        return ConvSite(op.module, narrow_spec(self.graph, op, keep), op.positions)
+
+    def layers(self, keep: Sequence[int]) -> dict[str, tuple[Macs, int]]:
+        """MACs and parameters of every replaceable convolution, by name."""
+        found: dict[str, tuple[Macs, int]] = {}
+        for members in self.sets:
+            sites = [self.site(op, keep) for op in members]
+            key = tuple(sites)
+            if key not in self._known:
+                method = self.choices[members[0].module].method
+                self._known[key] = list(zip(method.macs(sites), method.params(sites), strict=True))
+            found |= zip((op.module for op in members), self._known[key], strict=True)
+        return found
+
+    def macs(self, keep: Sequence[int]) -> int:
+        """MACs of the whole network for one image, with ``keep[g]`` channels in group ``g``."""
+        rest = sum(operation_macs(op, keep) for op in self.graph.operations if op.spec is None)
+        return rest + sum(m.total for m, _ in self.layers(keep).values())
+
+    def params(self, keep: Sequence[int]) -> int:
+        """Parameters of the whole network."""
+        rest = sum(n * math.prod(_size(e, keep) for e in extents) for n, extents in self._parameters)
+        return rest + sum(p for _, p in self.layers(keep).values())
+
+
+def operation_macs(op: Operation, keep: Sequence[int]) -> int:
+    """MACs of an operation as it stands in the network (a convolution: static)."""
+    return op.fixed * math.prod(_size(e, keep) for e in op.axes)
+
+
+def narrow_spec(graph: ConvGraph, op: Operation, keep: Sequence[int]) -> ConvSpec:
+    """Shape of a convolution at the widths of a plan."""
+    assert op.spec is not None
+    out = _size(_extent(graph, f"{op.weight}:0"), keep) or op.spec.out_channels
+    per_group = _size(_extent(graph, f"{op.weight}:1"), keep) or op.spec.in_channels // op.spec.groups
+    groups = op.spec.groups
+    if groups == op.spec.in_channels and groups > 1:
+        groups = out * groups // op.spec.out_channels
+    return replace(op.spec, in_channels=per_group * groups, out_channels=out, groups=groups)
+
+
+def _extent(graph: ConvGraph, key: str) -> Extent:
+    runs = graph.axes.get(key)
+    return extent(runs) if runs is not None else (0, ())
+
+
+def _size(size: Extent, keep: Sequence[int]) -> int:
+    fixed, parts = size
+    return fixed + sum(keep[group] * each for group, each in parts)
+
+
+def widths(graph: ConvGraph) -> list[int]:
+    """Channels of every width group before anything is cut."""
+    return [group.channels for group in graph.groups]
+
+
+def static_choices(graph: ConvGraph, static: Method) -> list[Choice]:
+    """Every convolution stays static: the cost model of the network as it is, or merely narrowed."""
+    return [Choice(op.module, static) for op in graph.convs]
+
+
+def fits(graph: ConvGraph, parameters: Mapping[str, tuple[int, ...]]) -> str:
+    """The first difference between a graph's parameters and a network's; '' where there is none."""
+    for name, shape in graph.parameters.items():
+        if name not in parameters:
+            return f"the network has no parameter '{name}'"
+        if tuple(parameters[name]) != tuple(shape):
+            return f"'{name}' has shape {tuple(parameters[name])}, the plan expects {tuple(shape)}"
+    extra = next((name for name in parameters if name not in graph.parameters), "")
+    return f"the plan knows no parameter '{extra}'" if extra else ""
