@@ -15,7 +15,8 @@ HEAVY = {"torch", "matplotlib", "onnx", "onnxscript", "onnxruntime", "torchvisio
 def loaded_by(statement: str) -> set[str]:
     """Top-level packages that a fresh interpreter holds after the statement."""
     code = f"{statement}; import json, sys; print(json.dumps([n for n in sys.modules if '.' not in n]))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     return set(json.loads(run.stdout))
 
 
