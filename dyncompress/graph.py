@@ -49,6 +49,7 @@ class Operation:
     positions: int
     spec: ConvSpec | None = None  # set where the module is a plain convolution, which can become dynamic
     block: str = ""  # the residual block around it, where the network shows one
+    norm: str = ""  # the BatchNorm that alone reads its result, and can be folded into it
     reason: str = ""  # why its output channels are pinned
 
 
@@ -198,8 +199,9 @@ def _build(net: nn.Module, recording: Recording, classes: np.ndarray, pinned: Ma
         if spec is not None:
             inside = [b for b in recording.residual_modules if b and op.module.startswith(b + ".")]
             block = max(inside, key=len, default="")
+        norm = recording.norms.get(op.module, "") if spec is not None else ""
         operations.append(
-            Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, reason)
+            Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason)
         )
     seams = {name: (runs(s.entering), runs(s.leaving)) for name, s in recording.seams.items()}
     return ConvGraph(tuple(operations), _named(members, operations), axes, seams, parameter_shapes(net))
@@ -219,6 +221,8 @@ def extent(runs: Runs) -> Extent:
 
 def _replaceable(net: nn.Module, recording: Recording, name: str, weight: str) -> ConvSpec | None:
     module = net.get_submodule(name)
+    if recording.calls[name] > 1:
+        return None
     if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and weight == f"{name}.weight":
         return ConvSpec.of(module)
     return None

@@ -53,6 +53,7 @@ class Recording:
     operations: list[Operation] = field(default_factory=list)
     seams: dict[str, Seam] = field(default_factory=dict)
     residual_modules: set[str] = field(default_factory=set)
+    norms: dict[str, str] = field(default_factory=dict)  # convolution -> the BatchNorm that alone reads it
     calls: dict[str, int] = field(default_factory=dict)
 
 
@@ -72,6 +73,7 @@ class Propagation(TorchDispatchMode):
                 self._state.append(tensor)
         self._maps: dict[int, tuple[Tensor, Maps]] = {}
         self._origin: dict[int, str] = {}
+        self.convolved: dict[int, str] = {}  # results of convolutions that nothing has read yet
         self._stack: list[str] = [""]
         self._stateless: set[str] = set()
         self._made: dict[str, list[Tensor]] = {}  # channels made while a stateless module runs
@@ -181,6 +183,10 @@ class Propagation(TorchDispatchMode):
         call = Call(self, func, args, kwargs)
         labelled = any([self.maps(t) for t in call.tensors])  # a list: every parameter must get its labels
         names = [self.name_of(t) for t in call.tensors]
+        for t in call.tensors:
+            module = self.convolved.get(id(t))
+            if module is not None and ("batch_norm" not in call.name or self.recording.norms.get(module)):
+                self.recording.norms[module] = ""  # something else reads it as well
         out = func(*args, **kwargs)
         if not labelled:
             return out

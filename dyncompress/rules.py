@@ -215,6 +215,7 @@ def convolution(call: Call) -> Maps:
     kind = "conv_transpose" if transposed else "conv"
     axes = tuple(a for a, size in ((first, w.shape[0]), (second, w.shape[1])) if size > 1)
     mode.recording.operations.append(Operation(mode.module, kind, mode.name_of(w), fixed, axes, positions))
+    mode.convolved[id(out)] = mode.module
     return (leaving.view([1, -1] + [1] * (out.dim() - 2)).expand(out.shape),)
 
 
@@ -259,6 +260,9 @@ def matmul(call: Call) -> Maps:
 def batch_norm(call: Call) -> tuple[Maps, ...]:
     """Scale, shift and statistics belong to the channels."""
     entering = call.mode.ids(call.tensors[0], 1)
+    conv = call.mode.convolved.get(id(call.tensors[0]))
+    if conv is not None:
+        call.mode.recording.norms.setdefault(conv, call.mode.module)
     for t in call.tensors[1:]:
         call.mode.ledger.tie(call.mode.ids(t, 0), entering, call.mode.at("normalises channels that can't be cut"))
     return (call.mode.maps(call.tensors[0]), (), (), (), ())

@@ -1,0 +1,52 @@
+"""Fold BatchNorm into the convolution before it, for deployment."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .conversion import plan_of
+from .errors import PlanError
+from .layers import DynamicConv
+
+
+def fold(student: nn.Module) -> nn.Module:
+    """A copy in eval mode whose BatchNorms are part of the convolutions before them: same outputs, less work.
+
+    With the statistics fixed a BatchNorm is an affine map of each channel, and a convolution is linear in its kernel:
+    ``bank[t, i] *= gamma[t] / sigma[t]``, ``bias[t] = beta[t] + (bias[t] - mu[t]) * gamma[t] / sigma[t]``. The shift
+    stays outside the mix of kernels, so the fold is exact whatever the coefficients are.
+
+    Args:
+        student: A converted network.
+
+    Returns:
+        A folded copy. It can be run and exported, not trained further.
+
+    Raises:
+        PlanError: If the network was not converted (its plan tells which BatchNorm belongs to which convolution).
+    """
+    plan = plan_of(student)
+    if plan is None:
+        raise PlanError(f"{type(student).__name__} carries no plan; fold what dyncompress converted")
+    folded = deepcopy(student).eval()
+    for op in plan.graph.convs:
+        if not op.norm:
+            continue
+        norm, conv = folded.get_submodule(op.norm), folded.get_submodule(op.module)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+            continue
+        assert norm.running_var is not None
+        weight = conv.bank if isinstance(conv, DynamicConv) else conv.weight
+        fused, bias = fuse_conv_bn_weights(
+            weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias  # type: ignore[arg-type]
+        )
+        with torch.no_grad():
+            weight.data = fused.data
+        conv.bias = bias
+        parent, _, child = op.norm.rpartition(".")
+        setattr(folded.get_submodule(parent), child, nn.Identity())
+    return folded
