@@ -218,13 +218,17 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / "report.json").write_text(content + "\n", "utf-8")
-        with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = self.rows()
+        self.write_csv(folder / "report.csv")
+        self.figure().savefig(folder / "tradeoff.png")
+        return folder
+
+    def write_csv(self, path: str | Path) -> None:
+        """Write one row per arm."""
+        rows = self.rows()
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        self.figure().savefig(folder / "tradeoff.png")
-        return folder
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

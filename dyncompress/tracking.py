@@ -1,0 +1,121 @@
+"""A report in whatever logger a Trainer has: W&B, TensorBoard, CSV, another one, or none.
+
+A logger is recognised by what it can do, so neither Lightning nor W&B is imported here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyncompress.plan import Plan
+from dyncompress.plotting import pixels
+from dyncompress.report import Report
+
+if TYPE_CHECKING:
+    Cells = tuple[list[str], list[list[Any]]]  # columns, rows
+
+
+def log_report(report: Report, logger: Any, plan: Plan | None = None, *, step: int | None = None) -> None:
+    """Log a report, and the plan that led to it. In a distributed run, call it on rank 0.
+
+    Every logger gets the numbers of :func:`scalars`. W&B gets them in the run's summary as well, which its
+    scatter plots read, with tables, the plot, the plan as an artifact, and the report's facts in the config.
+    TensorBoard gets text and an image; a logger that writes to a folder gets report.csv and plan.json there.
+
+    Args:
+        report: What to log.
+        logger: A Lightning logger, several of them in a list or tuple, or None for nowhere.
+        plan: The student's plan.
+        step: Step to log at; default: the logger's own.
+    """
+    if isinstance(logger, (list, tuple)):
+        for one in logger:
+            log_report(report, one, plan, step=step)
+        return
+    if logger is None:
+        return
+    logger.log_metrics(metrics=scalars(report), step=step)
+    experiment, folder = logger.experiment, getattr(logger, "log_dir", None)
+    # Lightning's stand-ins (fast_dev_run, rank > 0) have every attribute as a function that does nothing.
+    if hasattr(getattr(experiment, "summary", None), "update"):
+        _log_wandb(report, logger, plan, step)
+    elif hasattr(experiment, "add_text"):
+        _log_tensorboard(report, experiment, plan, step)
+    elif isinstance(folder, (str, Path)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        report.write_csv(Path(folder, "report.csv"))
+        if plan is not None:
+            plan.save(Path(folder, "plan.json"))
+
+
+def scalars(report: Report) -> dict[str, float]:
+    """The numbers of the student under their names in a logger; what was not measured is left out.
+
+    ``compress/score`` is the mean over the seeds, ``compress/score_best`` the best of them;
+    ``compress/latency_ratio`` is at batch 1, ``compress/latency_ratio_b32`` at batch 32.
+    """
+    found: dict[str, float | None] = {
+        "compress/macs": report.student.macs,
+        "compress/ratio": report.macs_ratio,
+        "compress/params": report.student.params,
+        "compress/params_ratio": report.params_ratio,
+        "compress/bank_bytes": report.student.bank_bytes,
+        "compress/score": report.student.score.mean,
+        "compress/score_best": max(report.student.score.values, default=None),
+        "compress/score_original": report.original.score.mean,
+        "compress/score_static": report.static.score.mean if report.static else None,
+    }
+    for size, ratio in report.latency_ratio.items():
+        found["compress/latency_ratio" + (f"_b{size}" if size != 1 else "")] = ratio
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _log_wandb(report: Report, logger: Any, plan: Plan | None, step: int | None) -> None:
+    run = logger.experiment
+    content = report.to_dict()
+    facts = ("name", "method", "target", "score_name", "epochs", "notes", "environment")
+    logger.log_hyperparams({"compress": {key: content[key] for key in facts}})
+    columns, rows = _comparison(report)
+    logger.log_table(key="compress/tradeoff", columns=columns, data=rows, step=step)
+    logger.log_image(key="compress/tradeoff_plot", images=[pixels(report.figure())], step=step)
+    if plan is not None:
+        columns, rows = _layers(plan)
+        logger.log_table(key="compress/plan", columns=columns, data=rows, step=step)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "plan.json")
+            plan.save(path)
+            run.log_artifact(str(path), name=f"plan-{report.method}", type="plan")
+    run.summary.update(scalars(report))  # last: each entry of the history replaces what it names
+
+
+def _log_tensorboard(report: Report, experiment: Any, plan: Plan | None, step: int | None) -> None:
+    notes = "".join(f"\n* {note}" for note in report.notes())
+    experiment.add_text("compress/tradeoff", _markdown(*_comparison(report)) + "\n" + notes, step)
+    experiment.add_image("compress/tradeoff_plot", pixels(report.figure()), step, dataformats="HWC")
+    if plan is not None:
+        experiment.add_text("compress/plan", _markdown(*_layers(plan)), step)
+
+
+def _comparison(report: Report) -> Cells:
+    rows = report.rows()
+    return list(rows[0]), [list(row.values()) for row in rows]
+
+
+def _layers(plan: Plan) -> Cells:
+    rows = [asdict(layer) for layer in plan.layers]
+    return list(rows[0]) if rows else [], [list(row.values()) for row in rows]
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
