@@ -245,8 +245,8 @@ class DyNetConv(DynamicConv):
         """Warm start: constant coefficients, atoms from discarded filters, an anchor that makes it exact.
 
         Kernels i >= 1 of an output channel are its atoms: the spare filters most similar to it (cosine),
-        scaled to its norm, the filter itself where spares run out, and a little noise. Kernel 0 is its
-        anchor, (weight[t] - sum_{i >= 1} eta_i * bank[t, i]) / eta_0, with eta = sigmoid(+2), sigmoid(-2), ...
+        scaled to its norm, then the filter itself, each with a little noise. Kernel 0 is its anchor:
+        (weight[t] - sum_{i >= 1} eta_i * bank[t, i]) / eta_0, where eta = sigmoid(+2), sigmoid(-2), ...
 
         See :meth:`DynamicConv.load_static` for arguments and errors.
         """

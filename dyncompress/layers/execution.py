@@ -9,14 +9,15 @@ strategy   what runs                                                    when
 single     one plain convolution                                        batch 1
 bmm        one matrix product per image                                 1x1, stride 1, no padding, no groups
 grouped    the batch as groups of one convolution                       otherwise
-features   all kernels of the bank on every image, then the mix         small maps with large kernels; batch 0
+features   all kernels of the bank on every image, then the mix         large kernels on small maps; batch 0
 ========== ============================================================ =====================================
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["Strategy", "assemble", "dynamic_conv", "full_precision"]
+__all__ = ["Strategy", "assemble", "dynamic_conv", "full_precision", "run_as"]
 
 Strategy = Literal["single", "grouped", "bmm", "features"]
 
@@ -33,9 +34,14 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 # Kernels of one chunk stay in the cache: whole batches of them cost more in page faults than in arithmetic.
 _CHUNK_BYTES = 4 << 20
-# Above this size per image a small map cannot amortise its kernels, and mixing features costs less.
-_LARGE_KERNEL_BYTES = 1 << 20
-_SMALL_MAP = 64
+# On a small map, preparing each image's kernel for a convolution costs more than the convolution. All kernels
+# on all images cost g static convolutions, no more: less from these sizes on (training, 64 images, 256
+# channels, 3x3 on 7x7, g = 2: 1.8 times the static convolution, against 4.2 in groups; one CPU thread).
+_LARGE_KERNEL_BYTES = 512 << 10
+_SMALL_MAP = 200  # g * positions
+_LARGE_BATCH = 16
+
+_forced: Strategy | None = None
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
@@ -83,7 +89,7 @@ def dynamic_conv(
     Returns:
         [B, out, *size'].
     """
-    strategy = strategy or _choose(x, bank, spec)
+    strategy = strategy or _forced or _choose(x, bank, spec)
     if strategy == "features":
         return _features(x, bank, eta, bias, spec)
     size = _chunk(bank)
@@ -92,6 +98,20 @@ def dynamic_conv(
         return _run(strategy, x, assemble(bank, eta), bias, spec)
     chunks = zip(x.split(size), eta.split(size), strict=True)
     return torch.cat([_run(strategy, part, assemble(bank, mix), bias, spec) for part, mix in chunks])
+
+
+@contextmanager
+def run_as(strategy: Strategy) -> Iterator[None]:
+    """Within the context every dynamic convolution of the process runs as told, as an export may need.
+
+    ``"features"`` holds no tensor whose shape depends on the batch but activations, so any exporter takes it.
+    """
+    global _forced
+    before, _forced = _forced, strategy
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def _choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
@@ -104,15 +124,14 @@ def _choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
         return "features"
     if spec.is_pointwise:
         return "bmm"
-    small = batch >= 16 and math.prod(spec.output_size(x.shape[2:])) <= _SMALL_MAP
-    large = spec.kernel_params * bank.element_size() >= _LARGE_KERNEL_BYTES and bank.shape[1] <= 4
-    return "features" if small and large else "grouped"
+    small = bank.shape[1] * math.prod(spec.output_size(x.shape[2:])) <= _SMALL_MAP
+    large = spec.kernel_params * bank.element_size() >= _LARGE_KERNEL_BYTES
+    return "features" if small and large and batch >= _LARGE_BATCH else "grouped"
 
 
 def _chunk(bank: Tensor) -> int:
     """Images whose assembled kernels fill one chunk."""
-    kernel_bytes = bank[:, 0].numel() * bank.element_size()
-    return max(1, _CHUNK_BYTES // kernel_bytes)
+    return max(1, _CHUNK_BYTES * bank.shape[1] // (bank.numel() * bank.element_size()))
 
 
 def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
