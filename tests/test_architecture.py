@@ -15,7 +15,7 @@ ORDER = """
     labels narrowing propagation rules graph cost importance budget plan allocation conversion folding
     distillation latency evaluation planning plotting provenance arms report tracking bundle checkpoint
     host patch inputs teaching callback
-    recipe cli __main__
+    recipe loggers runner cli __main__
 """.split()
 HOST = "callback"  # the first module that may know Lightning or W&B; those above it work on any torch network
 HOSTS = {"lightning", "pytorch_lightning", "wandb"}
