@@ -1,0 +1,139 @@
+"""The channel graph, on networks that cover the ways in which channels travel."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import networks
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dyncompress.errors import TraceError
+from dyncompress.graph import trace
+from dyncompress.narrowing import cut, positions
+
+
+def outputs(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([t.flatten() for t in tree_leaves(net(x))])
+
+
+def thirds(graph):
+    """Every third channel of every group goes."""
+    return [[i for i in range(g.channels) if i % 3 != 1] for g in graph.groups]
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS)
+def test_something_can_be_cut_and_the_cut_network_runs(network):
+    net, x = networks.make(network)
+    before = deepcopy(net.state_dict())
+    graph = trace(net, x)
+    assert graph.groups
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "tracing left a trace"
+    small = deepcopy(net)
+    cut(small, graph.axes, graph.seams, thirds(graph))
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+    assert outputs(small, x).shape == outputs(net, x).shape
+    trained = small.train()
+    sum(t.sum() for t in tree_leaves(trained(x))).backward()
+
+
+@pytest.mark.parametrize("network", networks.BATCH_NORMED)
+def test_cutting_equals_zeroing_what_reads_the_channels(network):
+    """The index maps are right: shapes alone would not show a wrong one."""
+    net, x = networks.make(network)
+    graph = trace(net, x)
+    kept = thirds(graph)
+    small, zeroed = deepcopy(net), deepcopy(net)
+    cut(small, graph.axes, graph.seams, kept)
+    readers = {op.weight: 0 if op.kind == "conv_transpose" else 1 for op in graph.operations if op.weight}
+    with torch.no_grad():
+        for name, dim in readers.items():
+            runs = graph.axes.get(f"{name}:{dim}")
+            if runs is not None:
+                weight = zeroed.get_parameter(name)
+                gone = sorted(set(range(weight.shape[dim])) - set(positions(runs, kept)))
+                weight.index_fill_(dim, torch.tensor(gone, dtype=torch.int64), 0)
+    found, expected = outputs(small, x), outputs(zeroed, x)
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < 1e-4 * scale
+    assert (outputs(net, x) - expected).abs().max() > 1e-3 * scale, "the zeroed channels mattered"
+
+
+def test_residual_streams_are_cut_together_and_inner_widths_alone():
+    graph = trace(*networks.make(networks.Residual))
+    sizes = {g.name: g.channels for g in graph.groups}
+    assert sizes == {"stem.0": 16, "blocks.0.conv1": 16, "blocks.1.conv1": 32, "blocks.1.conv2": 32, "blocks.2.conv1": 32}
+    assert graph.pinned == {"head.linear": "output of the network"}
+    blocks = {op.module: op.block for op in graph.convs}
+    assert blocks["blocks.1.conv1"] == blocks["blocks.1.down.0"] == "blocks.1"
+    assert blocks["stem.0"] == ""
+    norms = {op.module: op.norm for op in graph.convs}
+    assert norms["blocks.0.conv2"] == "blocks.0.bn2"
+
+
+def test_padded_channels_are_cut_where_the_padding_is_a_module():
+    graph = trace(*networks.make(networks.ZeroPad))
+    assert list(graph.seams) == ["pad"]
+    # 16 channels of the stem go on through the middle of the pad; the 8 + 8 new ones are a group of their own
+    assert sorted(g.channels for g in graph.groups) == [16, 16, 32]
+    inline = trace(*networks.make(networks.InlineZeroPad))
+    assert sorted(g.channels for g in inline.groups) == [16, 32]
+
+
+def test_what_the_code_counts_is_pinned_with_its_reason():
+    graph = trace(*networks.make(networks.HardView))
+    assert [g.name for g in graph.groups] == ["body.0"]
+    assert "view" in graph.pinned["last.0"] or "shape" in graph.pinned["last.0"]
+
+
+def test_grouped_convolutions_keep_their_groups_equal():
+    net, x = networks.make(networks.Grouped)
+    graph = trace(net, x)
+    kept = thirds(graph)
+    cut(net, graph.axes, graph.seams, kept)
+    conv = net.body[1][0]
+    assert conv.groups == 4 and conv.in_channels % 4 == 0 == conv.out_channels % 4
+    assert conv.weight.shape[1] == conv.in_channels // 4
+
+
+def test_a_convolution_that_runs_twice_is_not_replaceable():
+    graph = trace(*networks.make(networks.Twice))
+    assert "shared.0" not in [op.module for op in graph.convs]
+    assert [op.module for op in graph.operations].count("shared.0") == 2
+
+
+def test_tracing_leaves_modes_and_random_numbers_alone():
+    net, x = networks.make(networks.Residual)
+    net.train()
+    net.stem.eval()
+    modes = [m.training for m in net.modules()]
+    state = torch.get_rng_state()
+    trace(net, x)
+    assert [m.training for m in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("example", [{"x": torch.zeros(1, 3, 16, 16)}, (torch.zeros(1, 3, 16, 16),)])
+def test_examples_as_keywords_and_as_tuples(example):
+    net, _ = networks.make(networks.Residual)
+    assert len(trace(net, example).groups) == 5
+
+
+def test_errors_say_what_failed():
+    net, _ = networks.make(networks.Residual)
+    with pytest.raises(TraceError, match=r"Residual fails on the example \(\(1, 4, 16, 16\)\).*pass an example"):
+        trace(net, torch.zeros(1, 4, 16, 16))
+    with pytest.raises(TraceError, match="Linear runs no convolution"):
+        trace(nn.Linear(3, 4), torch.zeros(1, 3))
+    with pytest.raises(TraceError, match="can't trace a str"):
+        trace("resnet18", torch.zeros(1, 3))
+
+
+def test_fingerprint_names_names_and_shapes():
+    a = trace(*networks.make(networks.Residual, seed=0)).fingerprint
+    b = trace(*networks.make(networks.Residual, seed=1)).fingerprint
+    assert a == b != trace(*networks.make(networks.ZeroPad)).fingerprint
