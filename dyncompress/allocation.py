@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def uniform(channels: Sequence[int], floors: Sequence[int]) -> Callable[[float],
 
 
 def by_importance(scores: Sequence[np.ndarray], floors: Sequence[int]) -> Callable[[float], Widths]:
-    """One threshold on the channels' scores for all groups: ``ideal(r)`` keeps the best fraction ``r`` of all channels."""
+    """One threshold on the channels' scores for all groups: ``ideal(r)`` keeps the best ``r`` of all channels."""
     ranked = np.sort(np.concatenate(scores))[::-1] if scores else np.zeros(0)
 
     def ideal(ratio: float) -> Widths:
@@ -76,7 +76,9 @@ def allocate(
     search = _Search(cost, wanted, channels, floors, target, tolerance)
     found = [search.run(quantum) for quantum in QUANTA]
     landed = [keep for keep in found if search.landed(keep)]
-    return min(landed, key=search.departure) if landed else max(found, key=lambda keep: (cost(keep) <= target, cost(keep)))
+    return (
+        min(landed, key=search.departure) if landed else max(found, key=lambda keep: (cost(keep) <= target, cost(keep)))
+    )
 
 
 class _Search:
@@ -152,14 +154,19 @@ class _Search:
 
     def swap(self, keep: Widths, grid: list[Widths]) -> Widths:
         """Widen one group and narrow another where single steps stop short."""
-        best = keep
+        best, far = (
+            keep,
+            4 if len(keep) <= 12 else 1,
+        )  # many groups leave many single steps: a short look will do
         for up, down in permutations(range(len(keep)), 2):
-            above, below = grid[up].index(keep[up]) + 1, grid[down].index(keep[down]) - 1
-            if above < len(grid[up]) and below >= 0:
+            for i, j in product(range(1, far + 1), repeat=2):
+                above, below = grid[up].index(keep[up]) + i, grid[down].index(keep[down]) - j
+                if above >= len(grid[up]) or below < 0:
+                    continue
                 moved = list(keep)
                 moved[up], moved[down] = grid[up][above], grid[down][below]
                 if self.cost(best) < self.cost(moved) <= self.target:
                     best = moved
                     if self.landed(best):
-                        break
+                        return best
         return best

@@ -10,12 +10,19 @@ import math
 import re
 from dataclasses import dataclass
 
-from .errors import BudgetError
+from dyncompress.errors import BudgetError
 
-QUANTITIES = {"macs": "macs", "flops": "macs", "params": "params", "parameters": "params", "latency": "latency"}
+QUANTITIES = {
+    "macs": "macs",
+    "flops": "macs",
+    "params": "params",
+    "parameters": "params",
+    "latency": "latency",
+}
 _SCALE = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _PATTERN = re.compile(
-    r"\s*(?P<number>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<unit>%|[kmgbt])?\s*(?P<quantity>[a-z]+)?\s*", re.IGNORECASE
+    r"\s*(?P<number>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<unit>%|[kmgbt])?\s*(?P<quantity>[a-z]+)?\s*",
+    re.IGNORECASE,
 )
 _ALLOWED = (
     "write a fraction of the original (0.33 or '33%') or an absolute cost ('1.2G', '350M', '900k'), of MACs by default,"
@@ -77,7 +84,9 @@ class Budget:
         if not relative and unit == "" and value < 1000:
             raise BudgetError(f"target {target!r} is above 1 as a fraction and has no unit; {_ALLOWED}")
         if quantity == "latency" and not relative:
-            raise BudgetError(f"target {target!r}: latency is asked as a fraction of the original's, such as '60% latency'")
+            raise BudgetError(
+                f"target {target!r}: latency is asked as a fraction of the original's, such as '60% latency'"
+            )
         return cls(value, relative, quantity, text if isinstance(target, str) else f"{number:g}")
 
     def absolute(self, original: int) -> float:

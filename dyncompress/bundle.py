@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .conversion import convert_, plan_of, plans_in
-from .errors import CheckpointError, ExportError
-from .folding import fold
-from .graph import as_call, one_image
+from dyncompress.conversion import convert_, plan_of, plans_in
+from dyncompress.errors import CheckpointError, ExportError
+from dyncompress.folding import fold
+from dyncompress.graph import as_call, one_image
 
 _TOLERANCE = 1e-4  # largest relative difference between an exported file's outputs and torch's
 
@@ -36,7 +36,9 @@ def save(student: nn.Module, path: str | Path) -> Path:
         CheckpointError: If the network was not converted.
     """
     if plan_of(student) is None:
-        raise CheckpointError(f"{type(student).__name__} carries no plan; save what dyncompress converted, or use torch.save")
+        raise CheckpointError(
+            f"{type(student).__name__} carries no plan; save what dyncompress converted, or use torch.save"
+        )
     path = Path(path)
     _write(path, lambda part: save_model(student, str(part), metadata={"format": "pt"}))
     return path
@@ -61,13 +63,17 @@ def load(path: str | Path, net: nn.Module) -> nn.Module:
     if not plans:
         raise CheckpointError(f"'{path}' holds no plan: it was not written from a network that dyncompress converted")
     if len(plans) > 1:
-        raise CheckpointError(f"'{path}' holds {len(plans)} converted networks ({', '.join(map(repr, plans))}); save them one by one")
+        raise CheckpointError(
+            f"'{path}' holds {len(plans)} converted networks ({', '.join(map(repr, plans))}); save them one by one"
+        )
     prefix, plan = next(iter(plans.items()))
     student = convert_(deepcopy(net), plan)
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     missing = set(student.state_dict()) - set(own) - _aliases(student)
     if missing:
-        raise CheckpointError(f"'{path}' lacks {sorted(missing)[:3]} of {type(net).__name__}; it belongs to another network")
+        raise CheckpointError(
+            f"'{path}' lacks {sorted(missing)[:3]} of {type(net).__name__}; it belongs to another network"
+        )
     student.load_state_dict({k: v for k, v in own.items() if k in student.state_dict()}, strict=False)
     return student
 
@@ -122,7 +128,10 @@ def export(student: nn.Module, path: str | Path, example: Any) -> Path:
         ExportError: If the format is unknown, a needed package is missing, or the file's outputs differ.
     """
     path = Path(path)
-    writers: dict[str, Callable[[nn.Module, Path, Any], None]] = {".onnx": _export_onnx, ".pt2": _export_program}
+    writers: dict[str, Callable[[nn.Module, Path, Any], None]] = {
+        ".onnx": _export_onnx,
+        ".pt2": _export_program,
+    }
     if path.suffix not in writers:
         raise ExportError(f"'{path}' ends in '{path.suffix}'; name the format by the ending: {' or '.join(writers)}")
     net = (fold(student) if plan_of(student) is not None else deepcopy(student).eval()).to("cpu")
@@ -162,12 +171,17 @@ def _check(expected: Any, found: Any, path: Path, what: str) -> None:
     left = [t for t in tree_leaves(expected) if isinstance(t, Tensor)]
     right = [torch.as_tensor(t) for t in tree_leaves(found)]
     if [t.shape for t in left] != [t.shape for t in right]:
-        raise ExportError(f"{what} returns shapes {[tuple(t.shape) for t in right]}, torch {[tuple(t.shape) for t in left]}")
+        raise ExportError(
+            f"{what} returns shapes {[tuple(t.shape) for t in right]}, torch {[tuple(t.shape) for t in left]}"
+        )
     for a, b in zip(left, right, strict=True):
         scale = max(float(a.abs().max()), 1e-6) if a.numel() else 1.0
         worst = float((a - b).abs().max()) / scale if a.numel() else 0.0
         if not worst <= _TOLERANCE:
-            raise ExportError(f"{what} differs from torch by {worst:.1e} of the largest output (allowed {_TOLERANCE:.0e}); nothing was written")
+            raise ExportError(
+                f"{what} differs from torch by {worst:.1e} of the largest output (allowed {_TOLERANCE:.0e});"
+                " nothing was written"
+            )
 
 
 def _export_onnx(net: nn.Module, path: Path, example: Any) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cost import fits
-from .errors import CheckpointError, PlanError
-from .graph import as_call, parameter_shapes
-from .importance import best, importance
-from .layers import DynamicConv, Static, load_static
-from .narrowing import cut, positions
-from .plan import Plan
+from dyncompress.cost import fits
+from dyncompress.errors import CheckpointError, PlanError
+from dyncompress.graph import as_call, parameter_shapes
+from dyncompress.importance import best, importance
+from dyncompress.layers import DynamicConv, Static, load_static
+from dyncompress.narrowing import cut, positions
+from dyncompress.plan import Plan
 
 TAG = "_dyncompress"
 _KEY = f"{TAG}._extra_state"
@@ -35,9 +35,11 @@ class PlanTag(nn.Module):
         self.plan = plan
 
     def get_extra_state(self) -> Tensor:
+        """The plan as a uint8 tensor of JSON."""
         return torch.frombuffer(bytearray(self.plan.to_json().encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Refuse weights that were written under another plan."""
         if bytes(state.cpu().numpy().tobytes()) != self.plan.to_json().encode():
             raise CheckpointError(
                 "the state dict was written by a network of another plan; rebuild it first, with dyncompress.load,"
@@ -70,7 +72,7 @@ def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
     Parameters that a method doesn't replace keep their identity.
     """
     plan = resolve(net, plan)
-    originals = {op.module: net.get_submodule(op.module).weight.detach() for op in plan.graph.convs}
+    originals = {op.module: _filters(net.get_submodule(op.module))[0].detach() for op in plan.graph.convs}
     _cut(net, plan)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in _layers(plan).items():
@@ -106,7 +108,9 @@ def resolve(net: nn.Module, plan: Plan) -> Plan:
         raise PlanError(f"{type(net).__name__} is converted already; convert the original network")
     difference = fits(plan.graph, parameter_shapes(net))
     if difference:
-        raise PlanError(f"the plan was made for another network: {difference}; make one for this network with make_plan")
+        raise PlanError(
+            f"the plan was made for another network: {difference}; make one for this network with make_plan"
+        )
     if all(not isinstance(k, int) for k in plan.keep):
         return plan
     scores = importance(net, plan.graph)

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .graph import ConvGraph, Extent, Operation, as_call, extent, one_image
-from .layers import ConvSite, ConvSpec, Macs, Method
+from dyncompress.graph import ConvGraph, Extent, Operation, as_call, extent, one_image
+from dyncompress.layers import ConvSite, ConvSpec, Macs, Method
 
 
 def measure_macs(net: nn.Module, example: Any) -> int:

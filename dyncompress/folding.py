@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .conversion import plan_of
-from .errors import PlanError
-from .layers import DynamicConv
+from dyncompress.conversion import plan_of
+from dyncompress.errors import PlanError
+from dyncompress.layers import DynamicConv
 
 
 def fold(student: nn.Module) -> nn.Module:
@@ -37,13 +38,16 @@ def fold(student: nn.Module) -> nn.Module:
         if not op.norm:
             continue
         norm, conv = folded.get_submodule(op.norm), folded.get_submodule(op.module)
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+        if (
+            not isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            or norm.running_mean is None
+            or norm.running_var is None
+        ):
             continue
-        assert norm.running_var is not None
-        weight = conv.bank if isinstance(conv, DynamicConv) else conv.weight
-        fused, bias = fuse_conv_bn_weights(
-            weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias  # type: ignore[arg-type]
-        )
+        weight: Any = conv.bank if isinstance(conv, DynamicConv) else conv.weight
+        own: Any = conv.bias
+        mean, var = norm.running_mean, norm.running_var
+        fused, bias = fuse_conv_bn_weights(weight, own, mean, var, norm.eps, norm.weight, norm.bias)
         with torch.no_grad():
             weight.data = fused.data
         conv.bias = bias

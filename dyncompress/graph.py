@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import TraceError
-from .layers import ConvSpec
-from .narrowing import Runs, cut, encode
-from .propagation import Propagation, Recording
-from .rules import rule_for
+from dyncompress.errors import TraceError
+from dyncompress.layers import ConvSpec
+from dyncompress.narrowing import Runs, cut, encode
+from dyncompress.propagation import Propagation, Recording
+from dyncompress.rules import rule_for
 
 Extent = tuple[int, tuple[tuple[int, int], ...]]
 """Size of an axis as a function of the widths: fixed channels + sum over (group, channels per kept one)."""
@@ -124,7 +124,7 @@ def trace(net: nn.Module, example: Any) -> ConvGraph:
         >>> graph.groups
         (Group(name='0', channels=8),)
         >>> graph.pinned
-        {'2': "output of the network"}
+        {'2': 'output of the network'}
     """
     if not isinstance(net, nn.Module):
         raise TraceError(f"can't trace a {type(net).__name__}; pass a torch.nn.Module")
@@ -143,7 +143,9 @@ def trace(net: nn.Module, example: Any) -> ConvGraph:
         mode.pin([t for t in tree_leaves(output) if isinstance(t, Tensor)], "output of the network")
     recording = mode.recording
     if not any(op.kind.startswith("conv") for op in recording.operations):
-        raise TraceError(f"{type(net).__name__} runs no convolution on the example; dyncompress compresses convolutions")
+        raise TraceError(
+            f"{type(net).__name__} runs no convolution on the example; dyncompress compresses convolutions"
+        )
     classes, pinned = recording.ledger.classes()
     graph = _build(copy, recording, classes, pinned)
     while broken := _verify(copy, graph, args, kwargs, expected):  # fewer groups each turn
@@ -224,7 +226,7 @@ def _replaceable(net: nn.Module, recording: Recording, name: str, weight: str) -
     if recording.calls[name] > 1:
         return None
     if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and weight == f"{name}.weight":
-        return ConvSpec.of(module)
+        return ConvSpec.of(module)  # type: ignore[arg-type]
     return None
 
 
@@ -256,7 +258,7 @@ def _verify(net: nn.Module, graph: ConvGraph, args: Any, kwargs: Any, expected: 
             cut(trial, graph.axes, graph.seams, kept)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 found = trial(*args, **kwargs)
-        except Exception as error:  # whatever the network's own code raises is the finding
+        except Exception as error:  # noqa: BLE001 - whatever the network's own code raises is the finding
             return f"its code doesn't follow a cut: {_first_line(error)}"
         got = [tuple(t.shape) for t in tree_leaves(found) if isinstance(t, Tensor)]
         return "" if got == shapes else f"cutting it changes the output's shape from {shapes} to {got}"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .graph import ConvGraph
+from dyncompress.graph import ConvGraph
 
 
 def importance(net: nn.Module, graph: ConvGraph) -> list[np.ndarray]:

@@ -36,16 +36,21 @@ def compact(labels: Tensor) -> Tensor:
     return labels.expand(shape)
 
 
-def core(labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def core(labels: Tensor) -> Tensor:
+    """Flattened values of a map, at one position per dimension that it doesn't change along."""
+    return cores(labels)[0]
+
+
+def cores(*maps: Tensor) -> list[Tensor]:
     """Flattened values of maps of one shape, at one position per dimension that none of them changes along."""
-    keep = {d for m in (labels, *others) for d in varies(m)}
+    keep = {d for m in maps for d in varies(m)}
     parts = []
-    for m in (labels, *others):
+    for m in maps:
         for d in range(m.dim()):
             if d not in keep:
                 m = m.narrow(d, 0, min(1, m.shape[d]))
         parts.append(m.reshape(-1))
-    return tuple(parts)
+    return parts
 
 
 class Ledger:
@@ -62,6 +67,11 @@ class Ledger:
         ids = torch.arange(self._next, self._next + count)
         self._next += count
         return ids
+
+    def tie_maps(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """`tie` for maps of one shape."""
+        left, right = cores(a, b)
+        self.tie(left, right, reason)
 
     def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Channels of equal position share one fate; a channel that meets a fixed one is pinned."""

@@ -90,11 +90,11 @@ def _learn_widths(module: nn.Module) -> None:
     if isinstance(module, nn.modules.conv._ConvNd):
         first, second = module.weight.shape[:2]
         if module.transposed:
-            if module.groups == module.in_channels:
+            if module.groups == module.in_channels > 1:
                 module.groups = first
             module.in_channels, module.out_channels = first, second * module.groups
         else:
-            if module.groups == module.in_channels:
+            if module.groups == module.in_channels > 1:
                 module.groups = first * module.groups // module.out_channels
             module.in_channels, module.out_channels = second * module.groups, first
     elif isinstance(module, nn.Linear):
@@ -131,7 +131,7 @@ class Reindex(nn.Module):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         self.source, self.leaving = fn(self.source), fn(self.leaving)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, kept, ...) -> (B, kept, ...)."""

@@ -8,6 +8,7 @@ an edited plan can't lie about its cost.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .budget import readable
-from .cost import Choice, CostModel, narrow_spec, operation_macs, static_choices, widths
-from .errors import DynCompressError, PlanError
-from .graph import ConvGraph, Group, Operation
-from .layers import ConvSpec, Static, get_method
+from dyncompress.budget import readable
+from dyncompress.cost import Choice, CostModel, narrow_spec, operation_macs, static_choices, widths
+from dyncompress.errors import DynCompressError, PlanError
+from dyncompress.graph import ConvGraph, Group, Operation
+from dyncompress.layers import ConvSpec, Static, get_method
 
 SCHEMA = 1
 Keep = int | tuple[int, ...]
@@ -140,7 +141,7 @@ class Plan:
             for keep in (full, self.widths)
         ]
         reads, writes = (1, 0) if op.kind == "conv" else (0, 1)
-        (before, after) = [(s + [1, 1])[:2] if len(s) < 2 else s for s in sizes]
+        before, after = ([*s, 1, 1][:2] for s in sizes)
         kernel = math.prod(self.graph.parameters.get(op.weight, (1, 1))[2:])
         return LayerPlan(
             op.module, op.kind, "static", op.reason and f"width kept: {op.reason}", before[reads], after[reads],
@@ -174,14 +175,14 @@ class Plan:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140, record=True, file=_Nowhere())
-        console.print(self.table())
-        return console.export_text()
+        text = io.StringIO()
+        Console(width=140, file=text).print(self.table())
+        return text.getvalue()
 
     # ---- for files -----------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """The plan as JSON. Edit ``groups[].keep``, and ``method``, ``options`` of a layer; ``summary`` is for reading."""
+        """The plan as JSON. Edit ``groups[].keep``, and a layer's ``method`` and ``options``; the rest is derived."""
         rows = {row.name: row for row in self.layers}
         data = {
             "schema": SCHEMA,
@@ -229,13 +230,15 @@ class Plan:
             raise PlanError("the JSON is no plan (it has no 'schema'); write one with `dyncompress plan` or Plan.save")
         if data["schema"] != SCHEMA:
             raise PlanError(
-                f"the plan has schema {data['schema']!r}, this version reads {SCHEMA}; make it again with `dyncompress plan`"
+                f"the plan has schema {data['schema']!r}, this version reads {SCHEMA};"
+                " make it again with `dyncompress plan`"
             )
         try:
             graph = _graph_from_dict(data["network"])
             keep = tuple(_keep(g, entry) for g, entry in zip(graph.groups, data["groups"], strict=True))
             choices = tuple(
-                Choice(e["name"], get_method(e["method"], **e["options"]), e["share"], e["reason"]) for e in data["layers"]
+                Choice(e["name"], get_method(e["method"], **e["options"]), e["share"], e["reason"])
+                for e in data["layers"]
             )
             known = [op.module for op in graph.convs]
             if [c.name for c in choices] != known:
@@ -247,8 +250,8 @@ class Plan:
             raise PlanError(f"the plan can't be read: {error}") from None
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise PlanError(
-                f"the plan is malformed ({type(error).__name__}: {error}); make it again with `dyncompress plan` and edit"
-                " only 'keep', 'method' and 'options'"
+                f"the plan is malformed ({type(error).__name__}: {error}); make it again with `dyncompress plan`"
+                " and edit only 'keep', 'method' and 'options'"
             ) from None
 
     def save(self, path: str | Path) -> None:
@@ -266,16 +269,6 @@ class Plan:
         if not path.is_file():
             raise PlanError(f"there is no plan at '{path}'; write one with `dyncompress plan RECIPE --out {path}`")
         return cls.from_json(path.read_text())
-
-
-class _Nowhere:
-    """A file that swallows what rich prints while it records."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
 
 
 def _change(before: int, after: int) -> str:

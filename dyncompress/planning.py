@@ -10,18 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from .allocation import Widths, allocate, by_importance, uniform
-from .budget import Budget, readable
-from .conversion import convert
-from .cost import Choice, CostModel, static_choices, widths
-from .errors import BudgetError, PlanError
-from .evaluation import measure_latency
-from .graph import ConvGraph, Operation, trace
-from .importance import importance
-from .layers import ConvSite, Method, Static, get_method
-from .plan import Plan
+from dyncompress.allocation import Widths, allocate, by_importance, uniform
+from dyncompress.budget import Budget, readable
+from dyncompress.conversion import convert
+from dyncompress.cost import Choice, CostModel, static_choices, widths
+from dyncompress.errors import BudgetError, PlanError
+from dyncompress.evaluation import measure_latency
+from dyncompress.graph import ConvGraph, Operation, trace
+from dyncompress.importance import importance
+from dyncompress.layers import ConvSite, Method, Static, get_method
+from dyncompress.plan import Plan
 
 ALLOCATIONS = ("uniform", "importance")
+_UNITS = {"macs": "MACs", "params": "parameters"}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,8 @@ class Reach:
 
     def __str__(self) -> str:
         low, high = self.lowest / self.original, self.highest / self.original
-        unit = {"macs": "MACs", "params": "parameters"}[self.quantity]
         return (
-            f"{readable(self.lowest)} to {readable(self.highest)} {unit}"
+            f"{readable(self.lowest)} to {readable(self.highest)} {_UNITS[self.quantity]}"
             f" ({low:.1%} to {high:.1%} of {readable(self.original)})"
         )
 
@@ -71,7 +71,7 @@ class Problem:
         if not reach.lowest <= target * (1 + tolerance) or target * (1 - tolerance) > reach.highest:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(self.graph.pinned.items())[:5])
             raise BudgetError(
-                f"target '{budget.text}' ({readable(target)} {budget.quantity}) can't be reached with method"
+                f"target '{budget.text}' ({readable(target)} {_UNITS[budget.quantity]}) can't be reached with method"
                 f" '{self.method.name}': {reach}; choose a target in that range, lower min_width, or free layers"
                 f" (width kept: {why or 'none'})"
             )
@@ -132,13 +132,15 @@ def make_plan(
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 10, 1))
         >>> plan = make_plan(net, torch.zeros(1, 3, 16, 16), target="50%", method="static")
         >>> plan.widths, round(plan.ratio, 3)
-        ([44, 44], 0.499)
+        ([45, 44], 0.5)
     """
     budget = Budget.parse(target)
     if allocation not in ALLOCATIONS:
         raise PlanError(f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
     if isinstance(min_width, bool) or not isinstance(min_width, int) or min_width < 1:
-        raise PlanError(f"min_width {min_width!r} is not a positive integer; give the channels that a layer keeps at least")
+        raise PlanError(
+            f"min_width {min_width!r} is not a positive integer; give the channels that a layer keeps at least"
+        )
     if not 0 < tolerance < 1:
         raise BudgetError(f"tolerance {tolerance!r} is not between 0 and 1; 0.01 lands within 1% of the target")
     problem = Problem(net, trace(net, example), _method(method, options), ignore, min_width)
@@ -218,8 +220,8 @@ def _solve_latency(
 ) -> Plan:
     """The widest student that is fast enough, by halving the range of MACs and measuring a student each time.
 
-    Only a measurement tells: time does not fall in step with MACs. Seven halvings place the MACs within 1 % of the range,
-    finer than the clock.
+    Only a measurement tells: time does not fall in step with MACs. Seven halvings place the MACs within 1 % of the
+    range, finer than the clock.
     """
     reach = problem.reach()
     low, high = reach.lowest / reach.original, min(1.0, reach.highest / reach.original)

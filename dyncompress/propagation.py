@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .labels import Ledger, Maps, compact, core, varies
+from dyncompress.labels import Ledger, Maps, compact, core, varies
 
 Axis = tuple[str, int]
 """A dimension of a named parameter or buffer."""
@@ -61,7 +61,7 @@ class Propagation(TorchDispatchMode):
     """The dispatch mode; `rules` maps an aten op's name to ``rule(self, call)``."""
 
     def __init__(self, net: nn.Module, rules: Callable[[Call], Callable[..., Maps | tuple[Maps, ...]] | None]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording(Ledger(), {})
         self.ledger = self.recording.ledger
         self._rules = rules
@@ -82,7 +82,7 @@ class Propagation(TorchDispatchMode):
     def __exit__(self, *exc: Any) -> None:
         for hook in self._hooks:
             hook.remove()
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     # ---- modules -------------------------------------------------------------------------------------------------
 
@@ -144,6 +144,7 @@ class Propagation(TorchDispatchMode):
         return self.assign(tensor, tuple(made))
 
     def assign(self, tensor: Tensor, maps: Maps) -> Maps:
+        """Give a tensor its labels."""
         self._maps[id(tensor)] = (tensor, maps)
         return maps
 
@@ -170,7 +171,7 @@ class Propagation(TorchDispatchMode):
         """Pin every label of these tensors."""
         for t in tensors:
             for m in self.maps(t):
-                self.ledger.pin(core(m)[0], reason)
+                self.ledger.pin(core(m), reason)
 
     def at(self, what: str) -> str:
         """``what`` with the place where it happened, for a reason that a person reads."""
@@ -197,7 +198,8 @@ class Propagation(TorchDispatchMode):
             self.pin(call.tensors, self.at(f"no rule for {call.name}"))
             return out
         result = rule(call)
-        per_output = result if result and isinstance(result[0], tuple) else (result,) * len(outs)
+        several = bool(result) and isinstance(result[0], tuple)
+        per_output: Any = result if several else (result,) * len(outs)
         for t, maps in zip(outs, per_output, strict=False):
             self.assign(t, tuple(compact(m) for m in maps))
             origin = next((n for n in names if n), "")
@@ -226,5 +228,6 @@ class Call:
 
     @property
     def first_out(self) -> Tensor:
+        """The op's result, the first where there are several."""
         out: Tensor = next(t for t in tree_leaves(self.out) if isinstance(t, Tensor))
         return out

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .labels import Maps, core, varies
-from .propagation import Call, Operation
+from dyncompress.labels import Maps, core, varies
+from dyncompress.propagation import Call, Operation
 
 Rule = Callable[[Call], "Maps | tuple[Maps, ...]"]
 
@@ -26,7 +26,9 @@ def move(call: Call) -> Maps | tuple[Maps, ...]:
         return ()
     results = []
     for i in range(count):
-        replaced = iter([m[i] if m else torch.zeros(t.shape, dtype=torch.int64) for t, m in zip(call.tensors, maps)])
+        replaced = iter(
+            [m[i] if m else torch.zeros(t.shape, dtype=torch.int64) for t, m in zip(call.tensors, maps, strict=True)]
+        )
         results.append(_apply(call, lambda _: next(replaced)))  # noqa: B023 - called before the next turn
     if isinstance(results[0], (list, tuple)):
         return tuple(tuple(r[k] for r in results) for k in range(len(results[0])))
@@ -44,8 +46,11 @@ def _apply(call: Call, swap: Callable[[Tensor], Tensor]) -> Any:
 
 
 def view(call: Call) -> Maps:
-    """A reshape. Where one labelled dimension is split in several, all but the innermost keep their size: the same
-    inner positions are cut in each of them."""
+    """A reshape.
+
+    Where one labelled dimension is split in several, all but the innermost keep their size: the same inner positions
+    are cut in each of them.
+    """
     source, out = call.tensors[0], call.first_out
     results = []
     for m in call.mode.maps(source):
@@ -54,7 +59,7 @@ def view(call: Call) -> Maps:
             split = [d for d in outside if out.shape[d] > 1]
             if len(split) > 1 and any(d in varies(m) for d in inside):
                 for d in split[:-1]:
-                    call.mode.ledger.tie(*core(new, new.narrow(d, 0, 1).expand(new.shape)), call.name)
+                    call.mode.ledger.tie_maps(new, new.narrow(d, 0, 1).expand(new.shape), call.name)
         results.append(new)
     return tuple(results)
 
@@ -87,10 +92,10 @@ def split(call: Call) -> tuple[Maps, ...]:
             continue
         parts = [piece[i] for piece in pieces]
         if len({p.shape[dim] for p in parts}) > 1:
-            call.mode.ledger.require_uniform(core(m)[0], call.mode.at("channels split in unequal pieces"))
+            call.mode.ledger.require_uniform(core(m), call.mode.at("channels split in unequal pieces"))
             continue
         for part in parts[1:]:
-            call.mode.ledger.tie(*core(parts[0], part), call.name)
+            call.mode.ledger.tie_maps(parts[0], part, call.name)
     return pieces  # type: ignore[return-value]
 
 
@@ -124,7 +129,7 @@ def pad(call: Call) -> Maps:
                 m = m.narrow(d, 0, 1).expand(size)
                 continue
             if min(left, right) < 0:
-                call.mode.ledger.pin(core(m)[0], call.mode.at("channels cropped by a negative padding"))
+                call.mode.ledger.pin(core(m), call.mode.at("channels cropped by a negative padding"))
             new = call.mode.ledger.fresh(max(left, 0) + max(right, 0))
             call.mode.made(new)
             edge = list(m.shape)
@@ -155,7 +160,7 @@ def elementwise(call: Call) -> Maps:
     for i, m in layers:
         for k, other in enumerate(merged):
             if set(varies(m)) & set(varies(other)):
-                mode.ledger.tie(*core(m, other), mode.at(f"{call.name} with a fixed channel"))
+                mode.ledger.tie_maps(m, other, mode.at(f"{call.name} with a fixed channel"))
                 owners[k].add(i)
                 if set(varies(m)) > set(varies(other)):
                     merged[k] = m
@@ -168,7 +173,7 @@ def elementwise(call: Call) -> Maps:
     for m, owner in zip(merged, owners, strict=True):
         for i, t in enumerate(call.tensors):
             if i not in owner and _differs(t, varies(m), len(shape)):
-                mode.ledger.pin(core(m)[0], mode.at(f"{call.name} with values that differ by channel and aren't labelled"))
+                mode.ledger.pin(core(m), mode.at(f"{call.name} with values that differ by channel and aren't labelled"))
     return tuple(merged)
 
 
@@ -188,10 +193,10 @@ def convolution(call: Call) -> Maps:
     first, second = mode.ids(w, 0), mode.ids(w, 1)
     for m in mode.maps(w):
         if min(varies(m), default=0) >= 2:
-            ledger.pin(core(m)[0], "kernel elements are never cut")
+            ledger.pin(core(m), "kernel elements are never cut")
     for m in mode.maps(x):
         if 1 not in varies(m):
-            ledger.pin(core(m)[0], mode.at("convolution over a labelled dimension"))
+            ledger.pin(core(m), mode.at("convolution over a labelled dimension"))
     entering = mode.ids(x, 1)
     reason = mode.at("reads channels that can't be cut")
     per_group = x.shape[1] // groups
@@ -235,21 +240,22 @@ def matmul(call: Call) -> Maps:
         for m in over_a:
             for n in over_b:
                 p, q = m.select(-2, 0), n.select(-1, 0)
-                ledger.tie(*core(*torch.broadcast_tensors(p, q)), reason)
-        inner = [core(over_a[0].select(-2, 0))[0]]
+                a_inner, b_inner = torch.broadcast_tensors(p, q)
+                ledger.tie_maps(a_inner, b_inner, reason)
+        inner = [core(over_a[0].select(-2, 0))]
     else:
         for m in [*over_a, *over_b]:
-            ledger.pin(core(m)[0], reason)
-        inner = [core(m)[0] for m in [*over_a, *over_b]][:1]
+            ledger.pin(core(m), reason)
+        inner = [core(m) for m in [*over_a, *over_b]][:1]
     passed = [m.select(-1, 0).unsqueeze(-1).expand(out.shape) for m in rows]
     passed += [m.select(-2, 0).unsqueeze(-2).expand(out.shape) for m in columns]
     if len(call.tensors) == 3:  # the added term
         for m in mode.maps(call.tensors[0]):
             for p in passed:
-                ledger.tie(*core(m.expand(out.shape), p), reason)
+                ledger.tie_maps(m.expand(out.shape), p, reason)
             if not passed:
-                ledger.pin(core(m)[0], reason)
-    axes = (*inner, *[core(m)[0] for m in [*rows, *columns]])
+                ledger.pin(core(m), reason)
+    axes = (*inner, *[core(m) for m in [*rows, *columns]])
     total = out.numel() * a.shape[-1]
     name = mode.name_of(b) or mode.name_of(a)
     fixed = total // math.prod(len(x) for x in axes)
@@ -289,7 +295,7 @@ def spatial(call: Call) -> Maps | tuple[Maps, ...]:
     source, out, results = call.tensors[0], call.first_out, []
     for m in call.mode.maps(source):
         if any(source.shape[d] != out.shape[d] for d in varies(m)):
-            call.mode.ledger.pin(core(m)[0], call.mode.at(f"{call.name} over a labelled dimension"))
+            call.mode.ledger.pin(core(m), call.mode.at(f"{call.name} over a labelled dimension"))
             continue
         for d in range(m.dim()):
             if d not in varies(m):
@@ -318,7 +324,7 @@ def along(call: Call) -> Maps:
     dim = call.arg("dim") % call.tensors[0].dim()
     for m in call.mode.maps(call.tensors[0]):
         if dim in varies(m):
-            call.mode.ledger.pin(core(m)[0], call.mode.at(f"{call.name} across channels"))
+            call.mode.ledger.pin(core(m), call.mode.at(f"{call.name} across channels"))
     return call.mode.maps(call.tensors[0])
 
 
@@ -385,6 +391,11 @@ def rule_for(call: Call) -> Rule | None:
         return rule
     if call.name.startswith(("upsample_", "_upsample_")):
         return spatial
-    if torch.Tag.pointwise in call.func.tags or call.name in ("_prelu_kernel", "hardswish", "where", "addcmul"):
+    if torch.Tag.pointwise in call.func.tags or call.name in (
+        "_prelu_kernel",
+        "hardswish",
+        "where",
+        "addcmul",
+    ):
         return elementwise
     return None

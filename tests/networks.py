@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 
 def conv_bn(i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=False), nn.BatchNorm2d(o), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
 
 class Head(nn.Module):
@@ -262,7 +260,12 @@ class OneD(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv1d(4, 16, 5), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 32, 3, 2), nn.BatchNorm1d(32), nn.ReLU()
+            nn.Conv1d(4, 16, 5),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Conv1d(16, 32, 3, 2),
+            nn.BatchNorm1d(32),
+            nn.ReLU(),
         )
         self.head = nn.Linear(32, 5)
 
@@ -276,7 +279,12 @@ class ThreeD(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv3d(1, 16, 3), nn.BatchNorm3d(16), nn.ReLU(), nn.Conv3d(16, 24, 3), nn.BatchNorm3d(24), nn.ReLU()
+            nn.Conv3d(1, 16, 3),
+            nn.BatchNorm3d(16),
+            nn.ReLU(),
+            nn.Conv3d(16, 24, 3),
+            nn.BatchNorm3d(24),
+            nn.ReLU(),
         )
         self.head = nn.Linear(24, 5)
 

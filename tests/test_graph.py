@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-import networks
 import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import networks
 from dyncompress.errors import TraceError
 from dyncompress.graph import trace
 from dyncompress.narrowing import cut, positions
@@ -65,7 +65,13 @@ def test_cutting_equals_zeroing_what_reads_the_channels(network):
 def test_residual_streams_are_cut_together_and_inner_widths_alone():
     graph = trace(*networks.make(networks.Residual))
     sizes = {g.name: g.channels for g in graph.groups}
-    assert sizes == {"stem.0": 16, "blocks.0.conv1": 16, "blocks.1.conv1": 32, "blocks.1.conv2": 32, "blocks.2.conv1": 32}
+    assert sizes == {
+        "stem.0": 16,
+        "blocks.0.conv1": 16,
+        "blocks.1.conv1": 32,
+        "blocks.1.conv2": 32,
+        "blocks.2.conv1": 32,
+    }
     assert graph.pinned == {"head.linear": "output of the network"}
     blocks = {op.module: op.block for op in graph.convs}
     assert blocks["blocks.1.conv1"] == blocks["blocks.1.down.0"] == "blocks.1"

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from dyncompress.budget import Budget, readable
+from dyncompress.errors import BudgetError
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "relative", "quantity"),
+    [
+        (0.33, 0.33, True, "macs"),
+        (1, 1.0, True, "macs"),
+        ("33%", 0.33, True, "macs"),
+        (" 33 % ", 0.33, True, "macs"),
+        ("0.5", 0.5, True, "macs"),
+        ("1.2G", 1.2e9, False, "macs"),
+        ("1.2g FLOPs", 1.2e9, False, "macs"),
+        ("350k params", 350e3, False, "params"),
+        ("40% params", 0.4, True, "params"),
+        ("60% latency", 0.6, True, "latency"),
+        (250_000_000, 250e6, False, "macs"),
+        ("1e9", 1e9, False, "macs"),
+    ],
+)
+def test_targets_as_people_write_them(target, value, relative, quantity):
+    budget = Budget.parse(target)
+    assert (budget.value, budget.relative, budget.quantity) == (pytest.approx(value), relative, quantity)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (0, "target 0 must be positive"),
+        (-0.5, "target -0.5 must be positive"),
+        ("-3%", "must be positive"),
+        (1.5, "target 1.5 is above 1 as a fraction"),
+        ("150%", "target '150%' is 150% of the original"),
+        ("a third", "target 'a third' is unreadable"),
+        ("", "unreadable"),
+        (None, "unreadable"),
+        (True, "unreadable"),
+        (float("nan"), "unreadable"),
+        ("33% joules", "names 'joules', which isn't a cost"),
+        ("5M latency", "latency is asked as a fraction"),
+    ],
+)
+def test_what_is_no_target_is_answered_with_what_is(target, said):
+    with pytest.raises(BudgetError, match=r"33%|100%|60% latency") as error:
+        Budget.parse(target)
+    assert said in str(error.value)
+
+
+def test_readable_counts():
+    assert [readable(n) for n in (7, 999, 1000, 40_813_184, 999_999, 1.2e9)] == [
+        "7",
+        "999",
+        "1k",
+        "40.8M",
+        "1M",
+        "1.2G",
+    ]
