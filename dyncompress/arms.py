@@ -16,9 +16,7 @@ from dyncompress.errors import DynCompressError
 from dyncompress.latency import Latency
 
 NOISE = 0.05  # latencies of whole networks that differ by less are equal, on a machine that is not exclusive
-SAME_COST = (
-    0.02  # control and student may differ by this fraction of their MACs: each hits the target within 1 %
-)
+SAME_COST = 0.02  # control and student may differ by this fraction of their MACs: each hits the target within 1 %
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,9 @@ def _control_notes(static: Arm, student: Arm) -> Iterator[str]:
         yield f"the comparison is not at equal cost: the student has {cost:.2f}x the MACs of the control"
     yield from _score_notes(static.score, student.score)
     for size in sorted(student.latency.keys() & static.latency.keys()):
-        slower = student.latency[size].ratio / static.latency[size].ratio
-        if slower > 1 + max(NOISE, student.latency[size].iqr):
+        one, other = student.latency[size], static.latency[size]
+        noise = math.hypot(one.iqr / one.ratio, other.iqr / other.ratio)
+        if (slower := one.ratio / other.ratio) > 1 + max(NOISE, noise):
             yield f"at batch {size} the dynamic network takes {slower:.2f}x the time of the static control"
 
 
@@ -162,19 +161,22 @@ def _score_notes(static: Score, student: Score) -> Iterator[str]:
     if static.mean is None or student.mean is None:
         yield "no score of the static control and the dynamic network to compare"
         return
-    gain = student.mean - static.mean
-    scale, unit = (100, " points") if are_shares([*static.values, *student.values]) else (1, "")
-    means = f"{scale * student.mean:.4g} against {scale * static.mean:.4g}, {scale * gain:+.2g}{unit}"
+
+    def points(value: float) -> str:
+        return f"{100 * value:.2f}" if percent else f"{value:.4g}"
+
+    percent = are_shares([*static.values, *student.values])
+    gain = round(student.mean - static.mean, 9)  # equal means may differ in their last bits
+    means = f"{points(student.mean)} against {points(static.mean)}"
+    not_better = f"the dynamic network is not better than the static control: {means}"
     if static.std is None or student.std is None:
-        if gain <= 0:
-            yield f"the dynamic network is not better than the static control: {means}"
-        else:
-            yield f"{means}: the gain over the static control may be chance, a single seed has no spread"
+        chance = "the gain over the static control may be chance, a single seed has no spread"
+        yield f"{chance}: {means}" if gain > 0 else not_better
         return
     spread = 2 * math.sqrt(static.std**2 / static.n + student.std**2 / student.n)
-    seeds = f"two standard errors are {scale * spread:.2g}{unit}, {student.n} and {static.n} seeds"
+    seeds = f"two standard errors are {points(spread)}, {student.n} and {static.n} seeds"
     if abs(gain) <= spread:
         pair = "the dynamic network and the static control"
         yield f"no difference within the spread between {pair}: {means} ({seeds})"
     elif gain < 0:
-        yield f"the dynamic network is not better than the static control: {means} ({seeds})"
+        yield f"{not_better} ({seeds})"

@@ -134,13 +134,10 @@ class Report:
         """The arms as a table for a terminal of 100 columns."""
         from rich.table import Table
 
-        table = Table(
-            title=f"{self.name or 'network'} with {self.method}: {self._asked_and_achieved()}",
-            title_justify="left",
-            title_style="bold",
-            **TABLE_STYLE,
-        )
-        table.add_column("network", no_wrap=True)
+        title = f"{self.name or 'network'} with {self.method}: {self._asked_and_achieved()}"
+        width = min(len(title), WIDTH)  # a narrow table would break its title
+        table = Table(title=title, title_justify="left", title_style="bold", min_width=width, **TABLE_STYLE)
+        table.add_column("network", overflow="fold")  # where space is short a name breaks, a number never
         for heading in (self.score_name + " %" * self._percent(), "seeds", "MACs", "params", "banks"):
             table.add_column(heading, justify="right", no_wrap=True)
         for size in self._batch_sizes():
@@ -189,9 +186,7 @@ class Report:
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """The report that gave this content; ratios and notes are computed anew."""
         if data["version"] != VERSION:
-            raise ValueError(
-                f"version {data['version']!r}; dyncompress {__version__} reads version {VERSION}"
-            )
+            raise ValueError(f"version {data['version']!r}; dyncompress {__version__} reads version {VERSION}")
         arms = {name: Arm.from_dict(arm, data["score"][name]) for name, arm in data["arms"].items()}
         return cls(
             target=data["target"]["asked"],
@@ -292,9 +287,10 @@ def tradeoff_table(reports: Sequence[Report]) -> Table:
     from rich.table import Table
 
     table = Table(**TABLE_STYLE)
-    for heading in ("network", "method", "asked"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("MACs", "params", "time b1", "b32", "original", "static", "student"):
+    for heading in ("network", "method"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("asked", no_wrap=True)
+    for heading in ("MACs", "params", "time\nb1", "time\nb32", *ARMS):
         table.add_column(heading, justify="right", no_wrap=True)
     for report in sorted(reports, key=lambda report: (report.name, report.macs_ratio, report.method)):
         scores = (arm.score if (arm := report.arms.get(name)) else Score() for name in ARMS)
@@ -313,9 +309,7 @@ def tradeoff_table(reports: Sequence[Report]) -> Table:
 def tradeoff_plot(reports: Sequence[Report], path: str | Path) -> Path:
     """Draw the trade-off of all reports, one row per network, and save it as a picture."""
     if not reports:
-        raise DynCompressError(
-            "no report to draw - at least one - run `dyncompress run` first, or name another folder"
-        )
+        raise DynCompressError("no report to draw - at least one - run `dyncompress run` first, or name another folder")
     _draw(reports).savefig(path)
     return Path(path)
 

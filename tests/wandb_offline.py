@@ -20,6 +20,7 @@ FULL, FIRST, LAST = 1, 2, 4
 
 @dataclass
 class Run:
+    id: str
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +47,7 @@ def records(path: Path) -> Iterator[Record]:
 def read(folder: Path) -> Run:
     """The single offline run below a folder."""
     (path,) = folder.rglob("run-*.wandb")
-    run = Run()
+    run = Run(path.stem.removeprefix("run-"))
     for record in records(path):
         run.config |= _values(record.config.update) | _values(record.run.config.update)
         run.summary |= _values(record.summary.update) | _values(record.run.summary.update)
