@@ -64,9 +64,7 @@ class DyNet:
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str] = (
-        "DyNet: Dynamic Convolution for Accelerating Convolutional Neural Networks, arXiv 2004.10694"
-    )
+    paper: ClassVar[str] = "DyNet: Dynamic Convolution for Accelerating Convolutional Neural Networks, arXiv 2004.10694"
 
     g: int = 4
     router: Literal["block", "layer"] = "block"
@@ -75,9 +73,7 @@ class DyNet:
 
     def __post_init__(self) -> None:
         if self.g < 1:
-            raise DynCompressError(
-                f"g {self.g} is no number of kernels: give at least 2 (1 leaves every layer static)"
-            )
+            raise DynCompressError(f"g {self.g} is no number of kernels: give at least 2 (1 leaves every layer static)")
         if self.router not in ("block", "layer"):
             raise DynCompressError(f"router {self.router!r} is unknown: choose 'block' or 'layer'")
         if self.reduction < 0:
@@ -182,6 +178,7 @@ class DyNetConv(DynamicConv):
     """
 
     method: ClassVar[str] = "dynet"
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -195,7 +192,7 @@ class DyNetConv(DynamicConv):
         super().__init__(spec)
         self.g = g
         self.bank = nn.Parameter(torch.empty(spec.out_channels, g, *spec.weight_shape[1:]))
-        self.bias = nn.Parameter(torch.empty(spec.out_channels)) if spec.bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(spec.out_channels)) if spec.bias else None)
         self.squeeze = squeeze
         self.router = RouterLinear(features, spec.out_channels * g)
         self.handover = handover

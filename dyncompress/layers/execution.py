@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["Strategy", "assemble", "dynamic_conv", "full_precision", "run_as"]
+__all__ = ["Strategy", "assemble", "choose", "dynamic_conv", "full_precision", "run_as"]
 
 Strategy = Literal["single", "grouped", "bmm", "features"]
 
@@ -89,7 +89,7 @@ def dynamic_conv(
     Returns:
         [B, out, *size'].
     """
-    strategy = strategy or _forced or _choose(x, bank, spec)
+    strategy = strategy or _forced or choose(x, bank, spec)
     if strategy == "features":
         return _features(x, bank, eta, bias, spec)
     size = _chunk(bank)
@@ -114,7 +114,11 @@ def run_as(strategy: Strategy) -> Iterator[None]:
         _forced = before
 
 
-def _choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
+def choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
+    """The fastest strategy for an input x [B, in, *size] and a bank [out, g, in / groups, *kernel].
+
+    While a graph is traced, one that holds for every batch size but 1 (a traced batch of 1 stays 1).
+    """
     batch = x.shape[0]
     if batch == 1:
         return "single"

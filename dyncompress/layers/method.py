@@ -109,6 +109,15 @@ class DynamicConv(nn.Module):
                 f"{', '.join(map(str, spec.weight_shape[1:]))}): select the kept input channels first"
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicConv:
+        # A bank has one dimension more than a kernel: ``.to(memory_format=...)`` would take it for a kernel of one more
+        # spatial dimension, and fail or scatter it in memory.
+        def apply(t: Tensor) -> Tensor:
+            return fn(t.flatten(2)).reshape(t.shape) if t.ndim > self.spec.ndim + 2 else fn(t)
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def extra_repr(self) -> str:
         """Method and shapes."""
         return f"{self.method}, {self.spec}"
@@ -162,9 +171,7 @@ def get_method(name: str, **options: Any) -> Method:
         3456
     """
     if name not in _METHODS:
-        raise UnknownMethodError(
-            f"no method {name!r}; known: {', '.join(list_methods())}{_nearest(name, _METHODS)}"
-        )
+        raise UnknownMethodError(f"no method {name!r}; known: {', '.join(list_methods())}{_nearest(name, _METHODS)}")
     method: Any = _METHODS[name]
     allowed = [field.name for field in dataclasses.fields(method)]
     for option in options:

@@ -90,9 +90,7 @@ class ConvSpec:
             )
         if isinstance(self.padding, str):
             if self.padding not in _PADDING_NAMES:
-                raise DynCompressError(
-                    f"padding {self.padding!r} is unknown: give integers, 'same' or 'valid'"
-                )
+                raise DynCompressError(f"padding {self.padding!r} is unknown: give integers, 'same' or 'valid'")
             if self.padding == "same" and max(self.stride) > 1:
                 raise DynCompressError(f"padding 'same' cannot hold with stride {self.stride}: give integers")
         elif len(self.padding) != self.ndim or min(self.padding) < 0:
@@ -154,10 +152,7 @@ class ConvSpec:
     def is_pointwise(self) -> bool:
         """Whether the convolution is one matrix product per image: 1x1, stride 1, unpadded, ungrouped."""
         return (
-            max(self.kernel_size) == 1
-            and max(self.stride) == 1
-            and not any(map(any, self.pads))
-            and self.groups == 1
+            max(self.kernel_size) == 1 and max(self.stride) == 1 and not any(map(any, self.pads)) and self.groups == 1
         )
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
@@ -169,9 +164,7 @@ class ConvSpec:
         """
         return tuple(
             (n + sum(pad) - d * (k - 1) - 1) // s + 1
-            for n, pad, d, k, s in zip(
-                size, self.pads, self.dilation, self.kernel_size, self.stride, strict=True
-            )
+            for n, pad, d, k, s in zip(size, self.pads, self.dilation, self.kernel_size, self.stride, strict=True)
         )
 
     def __str__(self) -> str:

@@ -25,7 +25,7 @@ class Static:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    exceptions: ClassVar[dict[str, str]] = {"repr": "a plain nn.ConvNd prints as torch prints it"}
+    exceptions: ClassVar[dict[str, str]] = {"repr_names_the_method": "a plain nn.ConvNd prints as in torch"}
 
     @property
     def sharing(self) -> Literal["layer", "block"]:
@@ -97,9 +97,7 @@ def load_static(
         module.load_static(weight, bias, spare=spare, generator=generator)
         return
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        raise DynCompressError(
-            f"{type(module).__name__} is no convolution: give a module that a method built"
-        )
+        raise DynCompressError(f"{type(module).__name__} is no convolution: give a module that a method built")
     DynamicConv(ConvSpec.of(module)).check_static(weight, bias, spare)
     with torch.no_grad():
         module.weight.copy_(weight)
