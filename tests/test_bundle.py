@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import networks
+from dyncompress import bundle
+from dyncompress.conversion import convert, plan_of
+from dyncompress.errors import CheckpointError, ExportError, PlanError
+from dyncompress.planning import make_plan
+
+
+@pytest.fixture
+def student():
+    net, x = networks.make(networks.ZeroPad)
+    student = convert(net, make_plan(net, x, "50%"))
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "router" in name:
+                p.add_(0.1 * torch.randn_like(p))  # really dynamic
+    return student, x
+
+
+def test_a_bundle_loads_into_an_untrained_original(student, tmp_path):
+    net, x = student
+    path = bundle.save(net, tmp_path / "student.safetensors")
+    again = bundle.load(path, networks.ZeroPad()).eval()
+    assert torch.equal(again(x), net(x))
+    assert plan_of(again) == plan_of(net)
+    assert [p.name for p in tmp_path.iterdir()] == ["student.safetensors"]
+
+
+def test_torch_checkpoints_load_too_at_any_depth(student, tmp_path):
+    net, x = student
+    torch.save({"state_dict": nn.ModuleDict({"net": net}).state_dict(), "epoch": 3}, tmp_path / "last.ckpt")
+    assert torch.equal(bundle.load(tmp_path / "last.ckpt", networks.ZeroPad()).eval()(x), net(x))
+
+
+def test_a_bundle_holds_no_pickle(student, tmp_path):
+    content = bundle.save(student[0], tmp_path / "s.safetensors").read_bytes()
+    assert int.from_bytes(content[:8], "little") < len(content) and content[8:9] == b"{"
+
+
+def test_what_cannot_be_loaded_says_why(student, tmp_path):
+    net, x = student
+    with pytest.raises(CheckpointError, match="no file"):
+        bundle.load(tmp_path / "nowhere.safetensors", networks.ZeroPad())
+    with pytest.raises(CheckpointError, match="carries no plan"):
+        bundle.save(networks.ZeroPad(), tmp_path / "plain.safetensors")
+    torch.save(networks.ZeroPad().state_dict(), tmp_path / "plain.pt")
+    with pytest.raises(CheckpointError, match="holds no plan"):
+        bundle.load(tmp_path / "plain.pt", networks.ZeroPad())
+    path = bundle.save(net, tmp_path / "s.safetensors")
+    with pytest.raises(PlanError, match="another network"):
+        bundle.load(path, networks.Residual())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="can't be read"):
+        bundle.load(path, networks.ZeroPad())
+    (tmp_path / "junk.ckpt").write_bytes(b"junk" * 50)
+    with pytest.raises(CheckpointError, match="can't be read"):
+        bundle.load(tmp_path / "junk.ckpt", networks.ZeroPad())
+    torch.save(networks.ZeroPad(), tmp_path / "pickled.pt")
+    with pytest.raises(CheckpointError, match="weights only"):
+        bundle.load(tmp_path / "pickled.pt", networks.ZeroPad())
+
+
+def test_a_failed_write_leaves_the_previous_bundle(student, tmp_path, monkeypatch):
+    net, x = student
+    path = bundle.save(net, tmp_path / "s.safetensors")
+    before = path.read_bytes()
+
+    def half(*arguments, **_):
+        with open(arguments[1], "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(bundle, "save_model", half)
+    with pytest.raises(OSError, match="disk full"):
+        bundle.save(net, path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_exported_programs_take_any_batch(student, tmp_path):
+    net, x = student
+    path = bundle.export(net, tmp_path / "s.pt2", x)
+    program = torch.export.load(path).module()
+    more = torch.randn(5, 3, 16, 16)
+    assert torch.allclose(program(more), net(more), atol=1e-5)
+
+
+def test_onnx_at_batch_one(student, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, x = student
+    path = bundle.export(net, tmp_path / "s.onnx", x)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    image = torch.randn(1, 3, 16, 16)
+    (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    assert torch.allclose(torch.from_numpy(found), net(image), atol=1e-4)
+
+
+def test_a_wrong_file_is_not_returned(student, tmp_path, monkeypatch):
+    net, x = student
+    monkeypatch.setattr(
+        torch.export, "load", lambda path: type("P", (), {"module": lambda self: lambda x: net(x) + 1})()
+    )
+    with pytest.raises(ExportError, match=r"batch 1 differs from torch by .*nothing was written"):
+        bundle.export(net, tmp_path / "s.pt2", x)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ExportError, match=r"ends in '.tflite'; name the format by the ending: .onnx or .pt2"):
+        bundle.export(net, tmp_path / "s.tflite", x)

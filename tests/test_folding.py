@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import networks
+from dyncompress.conversion import convert
+from dyncompress.errors import PlanError
+from dyncompress.folding import fold
+from dyncompress.planning import make_plan
+
+
+@pytest.mark.parametrize("network", networks.BATCH_NORMED)
+@pytest.mark.parametrize("method", ["static", "dynet"])
+def test_a_folded_network_computes_the_same(network, method):
+    net, x = networks.make(network)
+    student = convert(net, make_plan(net, x, "60%", method))
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "router" in name:
+                p.add_(0.1 * torch.randn_like(p))
+        folded = fold(student)
+        expected, found = ([t.flatten() for t in tree_leaves(n(x))] for n in (student, folded))
+    expected, found = torch.cat(expected), torch.cat(found)
+    assert (expected - found).abs().max() < 1e-5 * expected.abs().max()
+
+
+def count(net):
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+
+
+def test_batch_norms_are_gone_and_the_student_is_left_alone():
+    net, x = networks.make(networks.Residual)
+    student = convert(net, make_plan(net, x, "50%")).train()
+    assert (count(student), count(fold(student)), count(student)) == (8, 0, 8)
+    assert student.training
+
+
+def test_a_norm_that_shares_its_input_is_kept():
+    class Tapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.out = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(32, 2, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.out(torch.cat([y, self.bn(y)], 1))
+
+    torch.manual_seed(0)
+    net, x = Tapped().eval(), torch.randn(1, 3, 8, 8)
+    net.bn.running_mean.normal_()
+    student = convert(net, make_plan(net, x, "50%", "static"))
+    assert count(fold(student)) == 1
+    assert torch.allclose(fold(student)(x), student(x), atol=1e-6)
+
+
+def test_only_converted_networks_are_folded():
+    with pytest.raises(PlanError, match="carries no plan"):
+        fold(networks.Residual())
