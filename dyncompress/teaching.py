@@ -1,0 +1,205 @@
+"""Distillation in a ``training_step`` that nobody edited.
+
+The step is wrapped on the instance. While the user's code runs, the wrapper is off and the network's answers are
+recorded; then the teacher answers the same inputs, and the distillation term joins the user's loss. Nothing stays on
+the module: a hook that did would be copied with it, and under DDP would see the loss go by as if it were an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dyncompress.distillation import (
+    DistillConfig,
+    Teacher,
+    answer_tensors,
+    check_features,
+    features_loss,
+    output_loss,
+    recorded,
+)
+from dyncompress.errors import DistillationError
+from dyncompress.host import bare
+from dyncompress.patch import Patch
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One run of the network that gradients can flow back through."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    answer: Any
+    features: dict[str, Tensor]
+
+    @property
+    def batch_size(self) -> int:
+        """Images in it."""
+        return next(tensor.shape[0] for _, tensor in answer_tensors(self.answer))
+
+
+@contextmanager
+def watched(network: nn.Module, names: Mapping[str, float], record: Callable[[Forward], None]) -> Iterator[None]:
+    """Record every run of the network that gradients can flow back through, while the context lasts."""
+    inner = bare(network)
+    compiled = vars(inner).get("_compiled_call_impl")
+
+    with ExitStack() as stack:
+        features = stack.enter_context(recorded(inner, names))
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
+            taken = dict(features)
+            features.clear()
+            if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(answer)):
+                record(Forward(args, kwargs, _kept(answer), taken))
+
+        if compiled is None:
+            hook = network.register_forward_hook(look, with_kwargs=True)
+            stack.callback(hook.remove)
+        else:  # network.compile() traces hooks into its graph, where they would stay: look from outside of it
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                answer = compiled(*args, **kwargs)
+                look(inner, args, kwargs, answer)
+                return answer
+
+            inner._compiled_call_impl = call
+            stack.callback(setattr, inner, "_compiled_call_impl", compiled)
+        yield
+
+
+def _kept(answer: Any) -> Any:
+    """The answer, safe from a user's in-place operation on it."""
+    if isinstance(answer, Tensor):
+        return answer.clone()
+    if isinstance(answer, Mapping):
+        return {key: _kept(value) for key, value in answer.items()}
+    if isinstance(answer, (tuple, list)):
+        return [_kept(value) for value in answer]
+    return answer
+
+
+class TaughtStep:
+    """A ``training_step`` with a teacher, until `undo`.
+
+    Args:
+        module: The LightningModule, attached to a Trainer whenever the step runs.
+        network: The network in it, as the user calls it.
+        teacher: Answers the network's inputs.
+        config: What is added to the user's loss.
+
+    Raises:
+        DistillationError: If the features can't be recorded.
+    """
+
+    def __init__(self, module: Any, network: nn.Module, teacher: Teacher, config: DistillConfig) -> None:
+        check_features(bare(network), config.features)
+        check_features(teacher.network, config.features)
+        if config.features and (network is not bare(network) or vars(network).get("_compiled_call_impl")):
+            raise DistillationError(
+                f"features {list(config.features)} can't be seen inside a compiled network; leave out torch.compile, or"
+                " distil the outputs only"
+            )
+        self._module, self._network, self._teacher, self._config = module, network, teacher, config
+        self._forwards: list[Forward] = []  # that no loss has been made of, yet
+        self._terms: list[Tensor] = []
+        self._size = 0
+        self._patch = Patch(module, "training_step", self._step)
+
+    def undo(self) -> None:
+        """Put the user's step back."""
+        self._patch.undo()
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        automatic = self._module.automatic_optimization
+        self._forwards, self._terms = [], []
+        try:
+            with ExitStack() as stack:
+                step = stack.enter_context(self._patch.lifted())
+                stack.enter_context(watched(self._network, self._config.features, self._forwards.append))
+                if not automatic:
+                    stack.enter_context(self._taught_backward())
+                result = step(*args, **kwargs)
+            if automatic:
+                result = self._taught_result(result)
+            if self._terms and not getattr(self._module.trainer, "barebones", False):
+                term = torch.stack(self._terms).mean()
+                self._module.log("distill/loss", term.detach(), batch_size=self._size)
+            return result
+        finally:
+            self._forwards, self._terms = [], []  # no graph outlives its step
+
+    def _taught_result(self, result: Any) -> Any:
+        """The step's result with the term in its loss. Without a loss, Lightning skips the step, and so do we."""
+        loss = result.get("loss") if isinstance(result, Mapping) else result
+        if not isinstance(loss, Tensor):
+            return result
+        if not self._forwards:
+            self._complain("call the network itself and not its layers, checkpoint it with use_reentrant=False")
+        else:
+            loss = self._add_term(loss)
+        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    @contextmanager
+    def _taught_backward(self) -> Iterator[None]:
+        """Manual optimisation: the first backward after the network ran gets the term."""
+        backwards = 0
+
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            nonlocal backwards
+            backwards += 1
+            patch.original(self._add_term(loss) if self._forwards else loss, *args, **kwargs)
+
+        patch = Patch(self._module, "manual_backward", backward)
+        try:
+            yield
+        finally:
+            patch.undo()
+        if not self._terms and (backwards or self._forwards):
+            self._complain("call the network itself and not its layers, and self.manual_backward after it")
+
+    def _add_term(self, loss: Tensor) -> Tensor:
+        term = torch.stack([self._term(forward) for forward in self._forwards]).mean()
+        self._size = self._forwards[0].batch_size
+        self._forwards.clear()
+        self._refuse_broken(loss, term)
+        self._terms.append(term)
+        return loss + term
+
+    def _term(self, forward: Forward) -> Tensor:
+        parameter = next(self._network.parameters())
+        self._teacher.follow(parameter.device, parameter.dtype)
+        answer, features = self._teacher.answer(forward.args, forward.kwargs, self._config.features)
+        term = self._config.alpha * output_loss(forward.answer, answer, self._config)
+        if self._config.features:
+            term = term + features_loss(forward.features, features, self._config.features)
+        return term
+
+    def _complain(self, remedy: str) -> None:
+        if any(p.requires_grad for p in self._network.parameters()):  # a frozen one has nothing to learn
+            raise DistillationError(
+                f"training_step of {type(self._module).__name__} gave a loss, but its network"
+                f" ({type(bare(self._network)).__name__}) did not run with gradients before it, so that nothing can be"
+                f" distilled; {remedy}, or pass distill=False"
+            )
+
+    def _refuse_broken(self, loss: Tensor, term: Tensor) -> None:
+        """A NaN spreads to all weights and stays. Reading a value makes an accelerator wait: not in every step."""
+        trainer = self._module.trainer
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return  # 16-bit training overflows now and then; its scaler skips those steps
+        if loss.device.type != "cpu" and trainer.global_step % max(trainer.log_every_n_steps, 1):
+            return
+        for name, value in (("the loss of training_step", loss), ("the distillation term", term)):
+            if not value.isfinite().all():
+                raise DistillationError(
+                    f"{name} is {value.item()} in epoch {trainer.current_epoch}, step {trainer.global_step}; lower the"
+                    " learning rate, clip gradients (gradient_clip_val), or look for the value in the batch"
+                )
