@@ -1,0 +1,368 @@
+"""Compression inside ``Trainer.fit``: one callback, and no edit to the LightningModule.
+
+=========================  ==============================================================================
+``setup``                  find the network, plan, keep a teacher, convert, wrap ``training_step``
+``on_load_checkpoint``     (the module's) a checkpoint's plan decides: rebuild before its weights are loaded
+``on_fit_start``           check the optimizers, log what was decided
+``on_train_start``         check a resumed run's teacher; BatchNorm statistics of the narrowed network
+``teardown``, on an error  take every patch off; the converted layers stay
+=========================  ==============================================================================
+
+The network has the shapes of its plan before optimizers, DDP or FSDP see it. The teacher is held here and nowhere
+else: in no state dict of the module, no optimizer, no DDP bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from dyncompress.budget import Budget, readable
+from dyncompress.checkpoint import load_weights, network_at, read_plan, stated_plan
+from dyncompress.conversion import plan_of, plans_in, recalibrate, resolve
+from dyncompress.distillation import DistillConfig, Teacher
+from dyncompress.errors import CheckpointError, DistillationError, DynCompressError, PlanError
+from dyncompress.host import (
+    NotYetError,
+    bare,
+    check_optimizers,
+    copy_holder,
+    find_network,
+    from_rank_zero,
+    overrides,
+    refuse_copies,
+    refuse_spawned,
+)
+from dyncompress.inputs import example_of, placed, training_inputs
+from dyncompress.layers import get_method
+from dyncompress.patch import Patch
+from dyncompress.plan import Plan
+from dyncompress.planning import make_plan
+from dyncompress.student import Student
+from dyncompress.teaching import TaughtStep
+from dyncompress.tracking import log_plan, log_summary
+
+_PACKAGES = [name for name in ("lightning.pytorch", "pytorch_lightning") if find_spec(name.partition(".")[0])]
+if not _PACKAGES:
+    raise ImportError("DynCompress needs PyTorch Lightning; install it with `pip install pytorch-lightning`")
+# LightningCLI takes only its own package's Callback. A class that is both is taken by both.
+_BASES: Any = [import_module(f"{name}.callbacks").Callback for name in _PACKAGES]
+
+
+class DynCompress(*_BASES):  # type: ignore[misc]
+    """Narrow a network to a target, make its convolutions dynamic, and train it against the original.
+
+    Args:
+        target: Share of the original's MACs (``0.33``, ``"33%"``), or an absolute cost; see `make_plan`.
+        method: Registered name of the dynamic convolution, or ``"static"``: the control arm.
+        options: The method's options.
+        plan: Instead of a target: a plan, its JSON file, or a checkpoint that holds one.
+        teacher: Weights of the original network (``.ckpt``, ``.pt``, ``.safetensors``) or another network with the
+            same outputs. By default the network as it is when training starts.
+        distill: How the student learns; False for no teacher.
+        module: Name of the network in the LightningModule, where there are several; ``""`` is the LightningModule.
+        example: What the network's ``forward`` takes. By default it is seen in the first training batch.
+        allocation: How widths are found; see `make_plan`.
+        ignore: Layers to leave alone; see `make_plan`.
+        recalibrate: Training batches to estimate BatchNorm statistics on before training starts; 0 for none.
+        save_teacher: Put the teacher's weights into the checkpoints, so that a resumed run finds it there.
+        seed: Of what tells the kernels of a dynamic layer apart.
+
+    Raises:
+        DynCompressError: If a value is out of its range, or there is neither target nor plan.
+
+    Example:
+        >>> callback = DynCompress(target="33%")
+        >>> callback.method, callback.distill.temperature
+        ('dynet', 4.0)
+    """
+
+    def __init__(
+        self,
+        target: str | float | None = None,
+        *,
+        method: str = "dynet",
+        options: dict[str, Any] | None = None,
+        plan: str | Path | Plan | None = None,
+        teacher: str | Path | nn.Module | None = None,
+        distill: bool | DistillConfig = True,
+        module: str | None = None,
+        example: Any = None,
+        allocation: str = "importance",
+        ignore: Sequence[str] = (),
+        recalibrate: int = 8,
+        save_teacher: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if target is None and plan is None:
+            raise PlanError("DynCompress has neither target nor plan; give target='33%', say, or plan= a file")
+        if target is not None:
+            Budget.parse(target)
+        get_method(method, **(options or {}))
+        self.target, self.method, self.options, self.plan = target, method, options, plan
+        self.allocation, self.ignore, self.seed = allocation, ignore, seed
+        self.distill = (DistillConfig() if distill else None) if isinstance(distill, bool) else distill
+        self.teacher, self.save_teacher = teacher, save_teacher
+        self.module, self.example, self.recalibrate = module, example, recalibrate
+        self._student: Student | None = None
+        self._teacher: Teacher | None = None
+        self._patches: list[Patch | TaughtStep] = []
+        self._restored: dict[str, Any] = {}
+
+    def attach(self, model: Any, example: Any = None) -> None:
+        """Convert now, before ``trainer.fit``.
+
+        Needed with strategies that train in processes started from this one (``ddp_spawn``, ``ddp_fork``,
+        ``ddp_notebook``); with others it does no harm.
+
+        Args:
+            model: The LightningModule.
+            example: What its network's ``forward`` takes; by default ``model.example_input_array``.
+        """
+        self.example = self.example if example is None else example
+        self._compress(None, model)
+
+    # ---- hooks ---------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Convert when training is about to start; in every stage, see to it that compressed checkpoints load."""
+        self._undo()
+        self._restored = {}
+        try:
+            self._patches.append(
+                Patch.before(pl_module, "on_load_checkpoint", partial(self._rebuild, trainer, pl_module))
+            )
+            if stage == "fit":
+                self._compress_when_built(trainer, pl_module)
+        except BaseException:
+            self._undo()
+            raise
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what the checkpoint says, for when everything is restored."""
+        self._restored = state_dict
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Plan, fingerprint of the teacher and, if asked, its weights: plain values and tensors."""
+        plan = self._student.plan if self._student is not None else None
+        if plan is None:
+            return {}
+        state: dict[str, Any] = {"plan": plan.to_json()}
+        if self._teacher is not None:
+            state["teacher"] = self._teacher.fingerprint
+            if self.save_teacher:
+                state["teacher_weights"] = dict(self._teacher.network.state_dict())
+        return state
+
+    @override
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the optimizers hold the new parameters; tell what was decided."""
+        assert self._student is not None and self._student.plan is not None
+        check_optimizers(trainer, self._student.inner, self._student.path)
+        if trainer.is_global_zero:
+            settings = {"distill": asdict(self.distill) if self.distill else False, "seed": self.seed}
+            log_plan(trainer.loggers, self._student.plan, settings, trainer.global_step)
+            trainer.print(self._told(self._student.plan))
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Compare the teacher with the checkpoint's; recalibrate BatchNorm where nothing was trained yet."""
+        assert self._student is not None
+        self._check_teacher(trainer)
+        if self._student.original is not None and self.recalibrate and trainer.global_step == 0:
+            inputs = training_inputs(trainer, pl_module, self._student.network, self.recalibrate)
+            recalibrate(self._student.inner, inputs)
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """From here on there is no way back to the original."""
+        assert self._student is not None
+        self._student.settle()
+
+    @override
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Put the result where runs are compared."""
+        if trainer.is_global_zero and self._student is not None and self._student.plan is not None:
+            scored = [c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_score", None) is not None]
+            best = {c.monitor: float(c.best_model_score) for c in scored}
+            log_summary(trainer.loggers, self._student.plan, best)
+
+    @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave no patch behind."""
+        self._undo()
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave no patch behind; where dyncompress itself gives up before the first step, leave nothing behind."""
+        if isinstance(exception, DynCompressError) and self._student is not None and self._student.original:
+            self._student.revert()
+            self._student = self._teacher = None
+        self._undo()
+
+    # ---- conversion ----------------------------------------------------------------------------------------------
+
+    def _compress_when_built(self, trainer: Any, module: Any) -> None:
+        """Convert now, or after the hook of the LightningModule that builds its network or opens its data."""
+        try:
+            self._compress(trainer, module)
+        except NotYetError:
+            # A patch looks like what it replaces, so Lightning would skip one on a hook that is not overridden.
+            later = [name for name in ("setup", "configure_model") if overrides(module, name)]
+            if not later:
+                raise
+            for name in later:
+                again = partial(self._compress_if_built, trainer, module, last=name == later[-1])
+                self._patches.append(Patch.after(module, name, again))
+
+    def _compress_if_built(self, trainer: Any, module: Any, last: bool) -> None:
+        try:
+            self._compress(trainer, module)
+        except NotYetError:
+            if last:
+                raise
+
+    def _compress(self, trainer: Any, module: Any) -> None:
+        """Convert the module's network unless it is converted, and have it taught unless it is."""
+        path, network = find_network(module, self.module)
+        if plan_of(bare(network)) is None:
+            if trainer is not None:
+                refuse_spawned(trainer)
+                refuse_copies(trainer, module, self)
+            student = Student(path, network)
+            plan = from_rank_zero(trainer, lambda: self._decide(trainer, module, network))
+            teacher = self._make_teacher(trainer, student)
+            student.convert(plan, self.seed)
+            self._student, self._teacher = student, teacher
+        elif self._student is None or self._student.network is not network:
+            self._take_over(Student(path, network))
+        taught = any(isinstance(patch, TaughtStep) for patch in self._patches)
+        if trainer is not None and self._teacher is not None and self.distill and not taught:
+            self._patches.append(TaughtStep(module, network, self._teacher, self.distill))
+
+    def _decide(self, trainer: Any, module: Any, network: nn.Module) -> Plan:
+        inner = bare(network)
+        if isinstance(self.plan, Plan):
+            plan = self.plan
+        elif self.plan is not None:
+            plan = read_plan(self.plan)
+        else:
+            assert self.target is not None
+            example = example_of(trainer, module, network) if self.example is None else placed(self.example, network)
+            plan = make_plan(
+                inner, example, self.target, self.method,
+                options=self.options, allocation=self.allocation, ignore=self.ignore,
+            )  # fmt: skip
+        return resolve(inner, plan)
+
+    def _make_teacher(self, trainer: Any, student: Student) -> Teacher | None:
+        if self.distill is None:
+            return None
+        network = deepcopy(bare(self.teacher) if isinstance(self.teacher, nn.Module) else student.inner)
+        if isinstance(self.teacher, (str, Path)):
+            load_weights(network, self.teacher, prefix=student.path and f"{student.path}.")
+        teacher = Teacher(network)
+        if trainer is not None and trainer.world_size > 1:  # ranks may have built different networks
+            teacher.load(*from_rank_zero(trainer, lambda: (network.state_dict(), teacher.fingerprint)))
+        return teacher
+
+    def _take_over(self, student: Student) -> None:
+        """Go on with a network that somebody else converted."""
+        assert student.plan is not None
+        if self.target is not None and self.plan is None and Budget.parse(self.target).text != student.plan.target:
+            raise PlanError(
+                f"the network is converted already, to {student.plan.target}, and the callback asks for {self.target};"
+                " build the original network anew, or ask for the same target"
+            )
+        if self.distill is None:
+            self._teacher = None
+        elif isinstance(self.teacher, nn.Module):
+            self._teacher = Teacher(deepcopy(bare(self.teacher)))
+        else:
+            raise DistillationError(
+                "the network is converted already, so that its original can't teach it; pass the original as teacher=,"
+                " or distill=False"
+            )
+        self._student = student
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _rebuild(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Bring the module into the shapes of a checkpoint, before its weights are loaded."""
+        state = checkpoint.get("state_dict")
+        if state is None:  # sharded: the weights are elsewhere
+            stated = stated_plan(checkpoint)
+            path = self._student.path if self._student else find_network(module, self.module)[0]
+            plans = {} if stated is None else {path and f"{path}.": stated}
+        else:
+            plans = plans_in(state)
+            if not plans and plan_of(module) is not None:
+                raise CheckpointError(
+                    "the checkpoint holds no plan: it is of the original network, and the module is converted; load"
+                    f" its weights first, with {type(module).__name__}.load_from_checkpoint, and leave out ckpt_path"
+                )
+        for prefix, plan in plans.items():
+            network = bare(network_at(module, prefix))
+            current = plan_of(network)
+            if current is None or current.to_json() != plan.to_json():
+                self._follow(trainer, module, network, plan)
+
+    def _follow(self, trainer: Any, module: Any, network: nn.Module, plan: Plan) -> None:
+        student = self._student if self._student and self._student.inner is network else Student("", network)
+        holder = copy_holder(trainer, module, self)
+        problem = ""
+        if trainer.strategy.restore_checkpoint_after_setup:
+            problem = f"{type(trainer.strategy).__name__} loads it only after the module was split"
+        elif holder:
+            problem = f"{holder} has copied the module in its present shape"
+        elif student.plan is not None and student.original is None:
+            problem = "the original is gone, which that plan would start from"
+        if problem:
+            raise CheckpointError(
+                f"the checkpoint's plan ({plan.target}, {plan.method}) differs from the module's, and {problem}; pass"
+                " plan=<the checkpoint> to DynCompress, with a newly built module"
+            )
+        student.convert(plan, self.seed)
+
+    def _check_teacher(self, trainer: Any) -> None:
+        saved = self._restored.get("teacher")
+        if self._teacher is None or saved in (None, self._teacher.fingerprint):
+            return
+        if self.teacher is not None:
+            trainer.print(f"DynCompress: teacher {self._teacher.fingerprint} takes the place of {saved}, as asked")
+        elif "teacher_weights" in self._restored:
+            self._teacher.load(self._restored["teacher_weights"], saved)
+        else:
+            raise DistillationError(
+                f"the checkpoint's student was taught by network {saved}, and this one is {self._teacher.fingerprint}"
+                " (hashes of their weights): the module was not built with the weights that training started from;"
+                " pass teacher=<file or network>, or train with save_teacher=True"
+            )
+
+    # ---- the rest ------------------------------------------------------------------------------------------------
+
+    def _told(self, plan: Plan) -> str:
+        asked = plan.target if self.target is None or self.plan is not None else Budget.parse(self.target).text
+        other = "" if asked == plan.target else f" (a checkpoint's plan for {plan.target} decides)"
+        return (
+            f"DynCompress: asked {asked}{other}, reached {plan.ratio:.2%} of the MACs ({readable(plan.macs_before)} >"
+            f" {readable(plan.macs_after)}) and {plan.params_after / plan.params_before:.2%} of the parameters"
+            f" ({readable(plan.params_before)} > {readable(plan.params_after)}) with {plan.method}"
+        )
+
+    def _undo(self) -> None:
+        while self._patches:
+            self._patches.pop().undo()
