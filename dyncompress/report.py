@@ -34,6 +34,8 @@ TOLERANCE = 0.01  # of the target: what a planner reaches when widths come in st
 TABLE_STYLE: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0), "pad_edge": False, "header_style": "dim"}
 ARMS = ("original", "static", "student")
 
+KEY = "Bars: one sample standard deviation. Faint dots: single seeds."
+
 log = logging.getLogger(__name__)
 
 
@@ -134,7 +136,7 @@ class Report:
         """The arms as a table for a terminal of 100 columns."""
         from rich.table import Table
 
-        title = f"{self.name or 'network'} with {self.method}: {self._asked_and_achieved()}"
+        title = self._title()
         width = min(len(title), WIDTH)  # a narrow table would break its title
         table = Table(title=title, title_justify="left", title_style="bold", min_width=width, **TABLE_STYLE)
         table.add_column("network", overflow="fold")  # where space is short a name breaks, a number never
@@ -259,6 +261,9 @@ class Report:
         Console(file=text, width=WIDTH, color_system=None, highlight=False, markup=False).print(self)
         return text.getvalue()
 
+    def _title(self) -> str:
+        return f"{self.name or 'network'} with {self.method}: {self._asked_and_achieved()}"
+
     def _asked_and_achieved(self) -> str:
         reached = "not measured" if self.achieved is None else f"{self.achieved:.1%}"
         words = {"macs": "MACs", "params": "parameters", "latency": "batch-1 latency"}[self.quantity]
@@ -321,10 +326,11 @@ def _draw(reports: Sequence[Report]) -> Figure:
         points = [point for report in mine for point in _points(report)]
         original = mine[-1].original.score.values
         percent = all(report._percent() for report in mine)
-        panels.append(Panel(name or "network", score_name, percent, original, points))
+        title = mine[0]._title() if len(mine) == 1 else name or "network"
+        panels.append(Panel(title, score_name, percent, original, points))
     sizes = sorted({size for report in reports for size in report.latency_ratio})
     kinds = ["MACs", *(f"batch-{size} latency" for size in sizes)]
-    return draw(panels, kinds, footer=str(reports[-1].environment))
+    return draw(panels, kinds, footer=f"{KEY}\n{reports[-1].environment}")
 
 
 def _points(report: Report) -> list[Point]:
