@@ -139,7 +139,9 @@ class _Search:
             moves = self._moves(keep, grid, -1)
             if not moves:
                 break
-            keep = min(moves, key=lambda m: m[1] / -m[2])[0]
+            over = self.cost(keep) - self.target
+            enough = [m for m in moves if -m[2] >= over]  # the last move: the gentlest that gets there
+            keep = min(enough, key=lambda m: m[1])[0] if enough else min(moves, key=lambda m: m[1] / -m[2])[0]
         return keep
 
     def climb(self, keep: Widths, grid: list[Widths]) -> Widths:
