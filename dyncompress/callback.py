@@ -109,6 +109,8 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         if target is not None:
             Budget.parse(target)
         get_method(method, **(options or {}))
+        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
+            raise DynCompressError(f"recalibrate {recalibrate!r} is no number of batches; 8 is usual, 0 leaves it out")
         self.target, self.method, self.options, self.plan = target, method, options, plan
         self.allocation, self.ignore, self.seed = allocation, ignore, seed
         self.distill = (DistillConfig() if distill else None) if isinstance(distill, bool) else distill

@@ -1,0 +1,428 @@
+"""Distillation reaches the gradients of training steps that nobody edited, and leaves nothing behind.
+
+The student here is a plain network and the teacher another one: nothing is converted.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dyncompress.distillation import DistillConfig, Teacher, attention_loss, logit_loss
+from dyncompress.errors import DistillationError
+from dyncompress.teaching import TaughtStep
+from tests.classifiers import BATCH, CLASSES, Net, loader, trainer
+
+IMAGES, LABELS = next(iter(loader()))
+DEFAULT = DistillConfig()
+
+
+class Lit(pl.LightningModule):
+    """Its step is given; everything else is as usual."""
+
+    def __init__(self, step: Callable[..., Any] | None = None, automatic: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.net = Net()
+        self.step = step or plain
+        self.automatic_optimization = automatic
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.step(self, *batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def plain(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(lit.net(x), y)
+
+
+def manual(lit: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = lit.optimizers()
+    optimizer.zero_grad()
+    lit.manual_backward(plain(lit, x, y))
+    optimizer.step()
+
+
+def make_teacher() -> Teacher:
+    torch.manual_seed(6)
+    return Teacher(Net())
+
+
+class Teach(pl.Callback):
+    """Installs the step, and keeps what it logs and the gradients before every optimizer step."""
+
+    def __init__(self, config: DistillConfig | None, teacher: Teacher | None = None) -> None:
+        self.config, self.teacher = config, teacher or make_teacher()
+        self.gradients: list[dict[str, Tensor]] = []
+        self.logged: list[float] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.config is not None:
+            TaughtStep(pl_module, pl_module.net, self.teacher, self.config)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.net.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if "distill/loss" in trainer.callback_metrics:
+            self.logged.append(trainer.callback_metrics["distill/loss"].item())
+
+
+def run(lit: Any, config: DistillConfig | None = DEFAULT, steps: int = 1, **options: Any) -> Teach:
+    teach = Teach(config, options.pop("teacher", None))
+    trainer(callbacks=[teach], limit_train_batches=steps, **options).fit(lit, loader())
+    return teach
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+    assert a.keys() == b.keys()
+    return torch.cat([(a[name] - b[name]).double().flatten() for name in a])
+
+
+# ---- the right gradient ------------------------------------------------------------------------------------------
+
+
+def kd_gradient(config: DistillConfig, lit: Any) -> dict[str, Tensor]:
+    """Gradient of the output term alone, by plain autograd."""
+    net = deepcopy(lit.net).train()
+    with torch.no_grad():
+        taught = make_teacher().network(IMAGES)
+    loss = config.alpha * logit_loss(net(IMAGES), taught, config.temperature)
+    return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
+
+
+@pytest.mark.parametrize(("step", "automatic"), [(plain, True), (manual, False)], ids=["automatic", "manual"])
+def test_the_gradient_is_the_users_plus_alpha_times_the_terms(step: Any, automatic: bool) -> None:
+    user = run(Lit(step, automatic), config=None).gradients[0]
+    for alpha in (0.0, 1.0, 3.0):
+        config = DistillConfig(alpha=alpha, temperature=2.0)
+        both = run(Lit(step, automatic), config).gradients[0]
+        expected = kd_gradient(config, Lit())
+        assert difference(both, {k: user[k] + expected[k] for k in user}).abs().max() < 1e-6
+
+
+def with_dict(lit: Any, x: Tensor, y: Tensor) -> Any:
+    return {"loss": plain(lit, x, y), "kept": 7}
+
+
+def in_place(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits = lit.net(x)
+    loss = F.cross_entropy(logits, y)
+    logits.detach().zero_()
+    return loss
+
+
+def with_evaluation(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        lit.net.eval()
+        lit.net(x + 1)
+        lit.net.train()
+    return plain(lit, x, y)
+
+
+def twice(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The same images in two runs: the mean of two equal terms."""
+    lit.net.eval()  # so that both are equal
+    return (plain(lit, x, y) + plain(lit, x, y)) / 2
+
+
+def once(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    lit.net.eval()
+    return plain(lit, x, y)
+
+
+def by_keyword(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(lit.net(x=x), y)
+
+
+def checkpointed(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(checkpoint(lit.net, x, use_reentrant=False), y)
+
+
+@pytest.mark.parametrize(
+    ("step", "like"),
+    [(with_dict, plain), (in_place, plain), (with_evaluation, plain), (twice, once), (by_keyword, plain),
+     (checkpointed, plain)],
+)  # fmt: skip
+def test_other_habits_give_the_same_gradient(step: Any, like: Any) -> None:
+    found, expected = (run(Lit(s), steps=2) for s in (step, like))
+    assert difference(found.gradients[-1], expected.gradients[-1]).abs().max() < 1e-6
+    assert found.logged == pytest.approx(expected.logged)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_compiled_network_gives_the_same_gradient(how: str) -> None:
+    torch._dynamo.reset()
+    lit = Lit()
+    frames = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        frames.append(graph)
+        return graph.forward
+
+    if how == "wrapped":
+        lit.net = torch.compile(lit.net, backend=backend)
+    else:
+        lit.net.compile(backend=backend)
+    found, expected = run(lit, steps=4), run(Lit(), steps=4)
+    names = [name.removeprefix("_orig_mod.") for name in found.gradients[-1]]
+    gradients = dict(zip(names, found.gradients[-1].values(), strict=True))
+    assert difference(gradients, expected.gradients[-1]).abs().max() < 1e-5
+    assert len(frames) == 1  # the hooks of each step do not make it compile again
+
+
+def test_an_inner_checkpoint_is_recomputed_without_the_teacher() -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    lit = Lit()
+    lit.net = Checkpointed()
+    lit.net.load_state_dict(Lit().net.state_dict())
+    assert difference(run(lit).gradients[0], run(Lit()).gradients[0]).abs().max() < 1e-6
+
+
+def test_gradients_accumulate_and_are_clipped_as_the_trainer_says() -> None:
+    accumulated = run(Lit(once), steps=2, accumulate_grad_batches=2)
+    assert len(accumulated.gradients) == 1
+    single = [run(Lit(lambda lit, x, y, i=i: once(lit, *pick(i)))).gradients[0] for i in (0, 1)]
+    mean = {k: (single[0][k] + single[1][k]) / 2 for k in single[0]}
+    assert difference(accumulated.gradients[0], mean).abs().max() < 1e-6
+    clipped = run(Lit(), steps=2, gradient_clip_val=1e-3)
+    assert len(clipped.logged) == 2
+
+
+def pick(index: int) -> tuple[Tensor, Tensor]:
+    x, y = list(loader())[index]
+    return x, y
+
+
+def test_features_add_the_attention_term() -> None:
+    class Answer(Lit):
+        """Also tells the term, from its own forward."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            kept = []
+            hook = self.net.bn1.register_forward_hook(lambda module, args, output: kept.append(output.detach()))
+            loss = super().training_step(batch, batch_idx)
+            hook.remove()
+            self.feature = kept[0].clone()
+            return loss
+
+    lit = Answer()
+    teach = run(lit, DistillConfig(alpha=0.0, features={"bn1": 10.0}))
+    _, features = make_teacher().answer((IMAGES,), {}, ["bn1"])
+    assert teach.logged[0] == pytest.approx(10 * attention_loss(lit.feature, features["bn1"]).item(), rel=1e-4)
+    user = run(Lit(), config=None).gradients[0]
+    assert difference(teach.gradients[0], user)[: 3 * 16 * 9].abs().max() > 1e-6  # the stem feels it
+    with pytest.raises(DistillationError, match="names 'bn9', which Net does not have; near: bn2, bn1"):
+        run(Lit(), DistillConfig(features={"bn9": 1.0}))
+
+
+class Named(Net):
+    def forward(self, x: Tensor) -> Any:
+        return {"out": super().forward(x), "aux": x}
+
+
+def test_a_network_may_answer_with_a_dict() -> None:
+    lit = Lit(lambda lit, x, y: F.cross_entropy(lit.net(x)["out"], y))
+    lit.net = Named()
+    lit.net.load_state_dict(Lit().net.state_dict())
+    assert difference(run(lit).gradients[0], run(Lit()).gradients[0]).abs().max() < 1e-6
+
+
+# ---- optimizers, precisions --------------------------------------------------------------------------------------
+
+
+class Two(Lit):
+    """A generator and a critic with an optimizer each, by hand; the critic first."""
+
+    def __init__(self) -> None:
+        super().__init__(automatic=False)
+        self.critic = nn.Linear(CLASSES, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        first, second = self.optimizers()
+        with torch.no_grad():
+            fake = self.net(x)
+        self.manual_backward(self.critic(fake).mean())
+        self.alone = self.net.linear.weight.grad is None  # the critic's backward taught nobody
+        second.step()
+        second.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(x), y))
+        first.step()
+        first.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.critic)]
+
+
+def test_with_two_optimizers_the_networks_own_backward_gets_the_term() -> None:
+    two = Two()
+    teach = run(two)
+    assert two.alone
+    assert len(teach.logged) == 1
+    assert difference(teach.gradients[1], run(Lit(manual, automatic=False)).gradients[0]).abs().max() < 1e-6
+
+
+def test_a_closure_that_runs_several_times_is_taught_every_time() -> None:
+    class Closure(Lit):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    calls = []
+    teacher = make_teacher()
+    teacher.network.register_forward_hook(lambda *_: calls.append(1))
+    run(Closure(), teacher=teacher)
+    assert len(calls) >= 3
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_the_teacher_takes_the_students_precision(precision: Any) -> None:
+    teach = run(Lit(), precision=precision, steps=2)
+    assert all(value > 0 for value in teach.logged)
+    dtype = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert teach.teacher.network.linear.weight.dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_skipped_step_stays_skipped() -> None:
+    teach = run(Lit(lambda lit, x, y: None), steps=2)
+    assert not teach.logged
+    assert not teach.gradients[0]
+
+
+# ---- nothing stays -----------------------------------------------------------------------------------------------
+
+
+def test_between_steps_the_module_has_no_hook_and_no_graph() -> None:
+    answers = []
+
+    def step(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+        logits = lit.net(x)
+        answers.append(weakref.ref(logits))
+        return F.cross_entropy(logits, y)
+
+    class Look(Teach):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in pl_module.modules())
+            twin = deepcopy(pl_module)
+            assert not [m for m in vars(twin).values() if isinstance(m, (Teacher, TaughtStep))]
+            assert not any(key.startswith("teacher") for key in pl_module.state_dict())
+
+    lit, look = Lit(step), Look(DistillConfig())
+    parameters = len(list(lit.parameters()))
+    trainer(callbacks=[look], limit_train_batches=2).fit(lit, loader())
+    gc.collect()
+    assert not [ref for ref in answers if ref() is not None]
+    assert len(list(lit.parameters())) == parameters
+
+
+def test_the_users_code_runs_without_the_patch() -> None:
+    seen = []
+
+    def step(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+        seen.append("training_step" in vars(lit))
+        return plain(lit, x, y)
+
+    lit = Lit(step)
+    run(lit, steps=2)
+    assert seen == [False, False]
+    assert "training_step" in vars(lit)  # nobody undid it here
+
+
+def test_undone_it_is_the_users_step() -> None:
+    lit = Lit()
+    TaughtStep(lit, lit.net, make_teacher(), DistillConfig()).undo()
+    assert "training_step" not in vars(lit)
+
+
+# ---- what can't be taught ----------------------------------------------------------------------------------------
+
+
+def bypassing(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(lit.net.linear(lit.net.stem(x).mean((2, 3))), y)
+
+
+def reentrant(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(checkpoint(lit.net, x.requires_grad_(), use_reentrant=True), y)
+
+
+def without_gradients(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = lit.net(x)
+    return F.cross_entropy(logits.requires_grad_(), y)
+
+
+@pytest.mark.parametrize("step", [bypassing, reentrant, without_gradients])
+def test_a_step_without_a_captured_forward_is_an_error(step: Any) -> None:
+    with pytest.raises(
+        DistillationError, match=r"training_step of Lit gave a loss, but its network \(Net\) did not run"
+    ):
+        run(Lit(step))
+
+
+def no_manual_backward(lit: Any, x: Tensor, y: Tensor) -> None:
+    plain(lit, x, y).backward()
+
+
+def manual_bypassing(lit: Any, x: Tensor, y: Tensor) -> None:
+    lit.manual_backward(bypassing(lit, x, y))
+
+
+@pytest.mark.parametrize("step", [no_manual_backward, manual_bypassing])
+def test_manual_optimisation_without_a_taught_backward_is_an_error(step: Any) -> None:
+    with pytest.raises(DistillationError, match=r"self\.manual_backward after it"):
+        run(Lit(step, automatic=False))
+
+
+def test_a_frozen_network_has_nothing_to_learn() -> None:
+    class Frozen(Lit):
+        def __init__(self) -> None:
+            super().__init__(lambda lit, x, y: F.cross_entropy(lit.head(lit.net(x)), y))
+            self.net.requires_grad_(False)
+            self.head = nn.Linear(CLASSES, CLASSES)
+
+    assert not run(Frozen()).logged
+
+
+def test_a_teacher_with_other_outputs_is_refused_with_both_shapes() -> None:
+    wide = Net()
+    wide.linear = nn.Linear(16, 7)
+    with pytest.raises(DistillationError, match=rf"output \({BATCH}, 7\), the student output \({BATCH}, {CLASSES}\)"):
+        run(Lit(), teacher=Teacher(wide))
+
+
+def broken_loss(lit: Any, x: Tensor, y: Tensor) -> Tensor:
+    return plain(lit, x, y) * (float("nan") if lit.global_step == 2 else 1)
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step_and_origin() -> None:
+    with pytest.raises(DistillationError, match=r"the loss of training_step is nan in epoch 0, step 2; lower"):
+        run(Lit(broken_loss), steps=4)
+    teacher = make_teacher()
+    with torch.no_grad():
+        teacher.network.linear.weight.fill_(float("inf"))
+    with pytest.raises(DistillationError, match=r"the distillation term is nan in epoch 0, step 0"):
+        run(Lit(), teacher=teacher)
+
+
+def test_features_inside_a_compiled_network_are_refused() -> None:
+    lit = Lit()
+    lit.net = torch.compile(lit.net, backend="eager")
+    with pytest.raises(DistillationError, match=r"can't be seen inside a compiled network"):
+        run(lit, DistillConfig(features={"bn1": 1.0}))
