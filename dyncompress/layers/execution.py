@@ -46,9 +46,12 @@ _forced: Strategy | None = None
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off on the device of ``x``, for coefficients and for mixing kernels."""
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+    try:
+        enabled = torch.is_autocast_enabled(x.device.type)
+    except RuntimeError:  # a device that knows no autocast, such as "meta"
+        enabled = False
+    # No context where none is needed: it would clutter exported graphs.
+    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
 def assemble(bank: Tensor, eta: Tensor) -> Tensor:
