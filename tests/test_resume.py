@@ -89,6 +89,7 @@ host.fit(classifier()(), loader(), loader(1))
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable")
 def test_a_run_that_was_killed_in_mid_epoch_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)],
