@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -47,19 +48,22 @@ class Squeeze(nn.Module):
 class Handover:
     """Hands a block's squeezed input from its first layer to the others, within one forward pass.
 
-    A plain object that the layers share by reference. Each reader takes its entry away, so that no autograd
-    graph outlives its step. Copies and pickles carry no tensors; a copied block's layers share the copy.
+    A plain object that the layers share by reference. Each reader takes its entry away, so that no autograd graph
+    outlives its step. Threads that run one network at the same time do not see each other's entries. Copies and
+    pickles carry no tensors; the layers of a copied block share the copied object.
 
     Args:
         readers: How many layers read what the first one writes.
     """
 
     def __init__(self, readers: int) -> None:
-        self._waiting: list[Tensor | None] = [None] * readers
+        self._readers = readers
+        self._waiting: dict[tuple[int, int], Tensor] = {}
 
     def put(self, description: Tensor) -> None:
         """Leave a [B, features] tensor for every reader."""
-        self._waiting = [description] * len(self._waiting)
+        for reader in range(self._readers):
+            self._waiting[_thread(), reader] = description
 
     def take(self, reader: int, x: Tensor) -> Tensor:
         """What was left for a reader whose input is ``x`` [B, ...]; it is gone afterwards.
@@ -67,13 +71,14 @@ class Handover:
         Raises:
             DynCompressError: If nothing waits, or it is of another batch or device.
         """
-        description = self._waiting[reader]
-        self._waiting[reader] = None
+        description = self._waiting.pop((_thread(), reader), None)
+        if description is None:  # a compiled first layer before one that is not
+            description = self._waiting.pop((_COMPILED, reader), None)
         if description is None:
             raise DynCompressError(
-                "no coefficients wait for this layer: the first layer of its block, which owns the router, "
-                "must run before it, once for each run of it; convert with router='layer' where layers are "
-                "skipped, repeated, reordered or checkpointed one by one"
+                "no coefficients wait for this layer: the first layer of its block, which owns the router, must run "
+                "before it, once for each run of it; convert with router='layer' where layers are skipped, repeated, "
+                "reordered, or checkpointed or compiled one by one"
             )
         if description.shape[0] != x.shape[0] or description.device != x.device:
             raise DynCompressError(
@@ -83,4 +88,11 @@ class Handover:
         return description
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_waiting": [None] * len(self._waiting)}
+        return {"_readers": self._readers, "_waiting": {}}
+
+
+_COMPILED = 0  # no thread's number; within a graph nothing is shared between threads
+
+
+def _thread() -> int:
+    return _COMPILED if torch.compiler.is_compiling() else threading.get_ident()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +79,25 @@ def test_another_device_is_refused() -> None:
     handover.put(torch.ones(3, 6))
     with pytest.raises(DynCompressError, match="3 on cpu, this layer 3 on meta"):
         handover.take(0, torch.zeros(3, 8, device="meta"))
+
+
+def test_threads_do_not_see_each_other() -> None:
+    block = Block()
+    batches = [images() for _ in range(4)]
+    expected = [block(x) for x in batches]
+    together, results = threading.Barrier(len(batches)), {}
+
+    def run(index: int) -> None:
+        hidden = block.first(batches[index]).relu()
+        together.wait()  # all have written, none has read
+        results[index] = block.second(hidden) + block.shortcut(batches[index])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[index], wanted) for index, wanted in enumerate(expected))
 
 
 # Blocks
@@ -179,7 +199,7 @@ def test_checkpointing_layer_by_layer_says_what_to_do() -> None:
     block, x = Block(), images()
     hidden = checkpoint(block.first, x, use_reentrant=False)
     output = checkpoint(block.second, hidden, use_reentrant=False)
-    with pytest.raises(DynCompressError, match="checkpointed one by one"):
+    with pytest.raises(DynCompressError, match="checkpointed or compiled one by one"):
         output.sum().backward()
 
 
