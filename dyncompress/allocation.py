@@ -57,6 +57,7 @@ def allocate(
     floors: Sequence[int],
     target: float,
     tolerance: float,
+    layers: Callable[[Widths], Sequence[int]] = tuple,
 ) -> Widths:
     """Widths whose cost lies in ``[(1 - tolerance) * target, target]``, as near to the ideal as steps allow.
 
@@ -67,13 +68,14 @@ def allocate(
         floors: Smallest widths allowed.
         target: Cost to land on.
         tolerance: Relative distance that still counts as landed.
+        layers: Widths of the layers that result; as many of them as possible should be aligned.
 
     Returns:
         One width per group. Where no combination lies within the tolerance, the nearest that was found.
     """
     ratios = [i / 4096 for i in range(4097)]
     wanted = ideal(ratios[max(0, bisect_left(ratios, target, key=lambda r: cost(ideal(r))) - 1)])
-    search = _Search(cost, wanted, channels, floors, target, tolerance)
+    search = _Search(cost, layers, wanted, channels, floors, target, tolerance)
     found = [search.run(quantum) for quantum in QUANTA]
     landed = [keep for keep in found if search.landed(keep)]
     return (
@@ -87,13 +89,14 @@ class _Search:
     def __init__(
         self,
         cost: Callable[[Widths], int],
+        layers: Callable[[Widths], Sequence[int]],
         wanted: Widths,
         channels: Sequence[int],
         floors: Sequence[int],
         target: float,
         tolerance: float,
     ) -> None:
-        self.cost, self.wanted, self.channels, self.floors = cost, wanted, channels, floors
+        self.cost, self.layers, self.wanted, self.channels, self.floors = cost, layers, wanted, channels, floors
         self.target, self.tolerance = target, tolerance
 
     def run(self, coarsest: int) -> Widths:
@@ -111,9 +114,10 @@ class _Search:
         return [aligned(c, f, quantum) for c, f in zip(self.channels, self.floors, strict=True)]
 
     def departure(self, keep: Widths) -> float:
-        """Distance from the ideal, and what unaligned widths cost in speed (1/16 of a group's width each)."""
-        unaligned = sum(k not in g for k, g in zip(keep, self._grid(QUANTA[0]), strict=True))
-        return math.sqrt(sum(self._penalty(g, k) for g, k in enumerate(keep))) + unaligned / 16
+        """Distance from the ideal, plus the share of layers whose width is unaligned: they run slower."""
+        widths = self.layers(keep)
+        unaligned = sum(w not in aligned(w + 1, 8, QUANTA[0]) for w in widths) / max(len(widths), 1)
+        return math.sqrt(sum(self._penalty(g, k) for g, k in enumerate(keep))) + unaligned
 
     def landed(self, keep: Widths) -> bool:
         return (1 - self.tolerance) * self.target <= self.cost(keep) <= self.target

@@ -87,6 +87,10 @@ class CostModel:
         assert op.spec is not None
         return ConvSite(op.module, narrow_spec(self.graph, op, keep), op.positions)
 
+    def out_widths(self, keep: Sequence[int]) -> list[int]:
+        """Output channels of every replaceable convolution."""
+        return [narrow_spec(self.graph, op, keep).out_channels for op in self.graph.convs]
+
     def layers(self, keep: Sequence[int]) -> dict[str, tuple[Macs, int]]:
         """MACs and parameters of every replaceable convolution, by name."""
         found: dict[str, tuple[Macs, int]] = {}

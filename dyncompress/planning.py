@@ -81,7 +81,7 @@ class Problem:
             if allocation == "importance"
             else uniform(self.full, self.floors)
         )
-        keep = allocate(cost, ideal, self.full, self.floors, target, tolerance)
+        keep = allocate(cost, ideal, self.full, self.floors, target, tolerance, self.model.out_widths)
         return self.plan(keep, budget.text, allocation)
 
     def plan(self, keep: Widths, target: str, allocation: str) -> Plan:
