@@ -27,15 +27,14 @@ from torch import nn
 from typing_extensions import override
 
 from dyncompress.budget import Budget, readable
-from dyncompress.checkpoint import load_weights, network_at, read_plan, stated_plan
-from dyncompress.conversion import plan_of, plans_in, recalibrate, resolve
+from dyncompress.checkpoint import load_weights, read_plan
+from dyncompress.conversion import plan_of, recalibrate, resolve
 from dyncompress.distillation import DistillConfig, Teacher
-from dyncompress.errors import CheckpointError, DistillationError, DynCompressError, PlanError
+from dyncompress.errors import DistillationError, DynCompressError, PlanError
 from dyncompress.host import (
     NotYetError,
     bare,
     check_optimizers,
-    copy_holder,
     find_network,
     from_rank_zero,
     overrides,
@@ -47,6 +46,7 @@ from dyncompress.layers import get_method
 from dyncompress.patch import Patch
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
+from dyncompress.restoring import follow, plans_of, refuse_other_plan
 from dyncompress.student import Student
 from dyncompress.teaching import TaughtStep
 from dyncompress.tracking import log_plan, log_summary
@@ -145,6 +145,9 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             self._patches.append(
                 Patch.before(pl_module, "on_load_checkpoint", partial(self._rebuild, trainer, pl_module))
             )
+            if trainer.strategy.restore_checkpoint_after_setup:
+                check = partial(refuse_other_plan, trainer, pl_module)
+                self._patches.append(Patch.before(trainer.strategy, "load_checkpoint", check))
             if stage == "fit":
                 self._compress_when_built(trainer, pl_module)
         except BaseException:
@@ -304,40 +307,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
 
     def _rebuild(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Bring the module into the shapes of a checkpoint, before its weights are loaded."""
-        state = checkpoint.get("state_dict")
-        if state is None:  # sharded: the weights are elsewhere
-            stated = stated_plan(checkpoint)
-            path = self._student.path if self._student else find_network(module, self.module)[0]
-            plans = {} if stated is None else {path and f"{path}.": stated}
-        else:
-            plans = plans_in(state)
-            if not plans and plan_of(module) is not None:
-                raise CheckpointError(
-                    "the checkpoint holds no plan: it is of the original network, and the module is converted; load"
-                    f" its weights first, with {type(module).__name__}.load_from_checkpoint, and leave out ckpt_path"
-                )
-        for prefix, plan in plans.items():
-            network = bare(network_at(module, prefix))
-            current = plan_of(network)
-            if current is None or current.to_json() != plan.to_json():
-                self._follow(trainer, module, network, plan)
-
-    def _follow(self, trainer: Any, module: Any, network: nn.Module, plan: Plan) -> None:
-        student = self._student if self._student and self._student.inner is network else Student("", network)
-        holder = copy_holder(trainer, module, self)
-        problem = ""
-        if trainer.strategy.restore_checkpoint_after_setup:
-            problem = f"{type(trainer.strategy).__name__} loads it only after the module was split"
-        elif holder:
-            problem = f"{holder} has copied the module in its present shape"
-        elif student.plan is not None and student.original is None:
-            problem = "the original is gone, which that plan would start from"
-        if problem:
-            raise CheckpointError(
-                f"the checkpoint's plan ({plan.target}, {plan.method}) differs from the module's, and {problem}; pass"
-                " plan=<the checkpoint> to DynCompress, with a newly built module"
-            )
-        student.convert(plan, self.seed)
+        follow(plans_of(checkpoint, module, self.module), trainer, module, self._student, self, self.seed)
 
     def _check_teacher(self, trainer: Any) -> None:
         saved = self._restored.get("teacher")

@@ -7,7 +7,7 @@ the module: a hook that did would be copied with it, and under DDP would see the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,34 +45,47 @@ class Forward:
         return next(tensor.shape[0] for _, tensor in answer_tensors(self.answer))
 
 
-@contextmanager
-def watched(network: nn.Module, names: Mapping[str, float], record: Callable[[Forward], None]) -> Iterator[None]:
-    """Record every run of the network that gradients can flow back through, while the context lasts."""
-    inner = bare(network)
-    compiled = vars(inner).get("_compiled_call_impl")
+class Watch:
+    """Records every run of the network that gradients can flow back through, while its context lasts.
 
-    with ExitStack() as stack:
-        features = stack.enter_context(recorded(inner, names))
+    Args:
+        network: The network, as the user calls it.
+        names: Modules in it whose features are recorded too.
+    """
 
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
-            taken = dict(features)
-            features.clear()
-            if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(answer)):
-                record(Forward(args, kwargs, _kept(answer), taken))
+    def __init__(self, network: nn.Module, names: Collection[str]) -> None:
+        self.forwards: list[Forward] = []
+        self._network, self._names = network, names
+        self._features: dict[str, Tensor] = {}
+        # One and the same hook in every step, and opaque: a compiler around the step would trace each new one anew.
+        self._hook = torch.compiler.disable(self._look)
 
-        if compiled is None:
-            hook = network.register_forward_hook(look, with_kwargs=True)
-            stack.callback(hook.remove)
-        else:  # network.compile() traces hooks into its graph, where they would stay: look from outside of it
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Watch until the context ends; hooks come and go with it."""
+        inner = bare(self._network)
+        compiled = vars(inner).get("_compiled_call_impl")
+        with ExitStack() as stack:
+            self._features = stack.enter_context(recorded(inner, self._names))
+            if compiled is None:
+                hook = self._network.register_forward_hook(self._hook, with_kwargs=True)
+                stack.callback(hook.remove)
+            else:  # network.compile() traces hooks into its graph, where they would stay: look from outside of it
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                answer = compiled(*args, **kwargs)
-                look(inner, args, kwargs, answer)
-                return answer
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    answer = compiled(*args, **kwargs)
+                    self._look(inner, args, kwargs, answer)
+                    return answer
 
-            inner._compiled_call_impl = call
-            stack.callback(setattr, inner, "_compiled_call_impl", compiled)
-        yield
+                inner._compiled_call_impl = call
+                stack.callback(setattr, inner, "_compiled_call_impl", compiled)
+            yield
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
+        features = dict(self._features)
+        self._features.clear()
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(answer)):
+            self.forwards.append(Forward(args, kwargs, _kept(answer), features))
 
 
 def _kept(answer: Any) -> Any:
@@ -108,7 +121,7 @@ class TaughtStep:
                 " distil the outputs only"
             )
         self._module, self._network, self._teacher, self._config = module, network, teacher, config
-        self._forwards: list[Forward] = []  # that no loss has been made of, yet
+        self._watch = Watch(network, config.features)
         self._terms: list[Tensor] = []
         self._size = 0
         self._patch = Patch(module, "training_step", self._step)
@@ -119,11 +132,10 @@ class TaughtStep:
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         automatic = self._module.automatic_optimization
-        self._forwards, self._terms = [], []
         try:
             with ExitStack() as stack:
                 step = stack.enter_context(self._patch.lifted())
-                stack.enter_context(watched(self._network, self._config.features, self._forwards.append))
+                stack.enter_context(self._watch.on())
                 if not automatic:
                     stack.enter_context(self._taught_backward())
                 result = step(*args, **kwargs)
@@ -134,14 +146,15 @@ class TaughtStep:
                 self._module.log("distill/loss", term.detach(), batch_size=self._size)
             return result
         finally:
-            self._forwards, self._terms = [], []  # no graph outlives its step
+            self._watch.forwards.clear()  # no graph outlives its step
+            self._terms.clear()
 
     def _taught_result(self, result: Any) -> Any:
         """The step's result with the term in its loss. Without a loss, Lightning skips the step, and so do we."""
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if not isinstance(loss, Tensor):
             return result
-        if not self._forwards:
+        if not self._watch.forwards:
             self._complain("call the network itself and not its layers, checkpoint it with use_reentrant=False")
         else:
             loss = self._add_term(loss)
@@ -155,20 +168,20 @@ class TaughtStep:
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             nonlocal backwards
             backwards += 1
-            patch.original(self._add_term(loss) if self._forwards else loss, *args, **kwargs)
+            patch.original(self._add_term(loss) if self._watch.forwards else loss, *args, **kwargs)
 
         patch = Patch(self._module, "manual_backward", backward)
         try:
             yield
         finally:
             patch.undo()
-        if not self._terms and (backwards or self._forwards):
+        if not self._terms and (backwards or self._watch.forwards):
             self._complain("call the network itself and not its layers, and self.manual_backward after it")
 
     def _add_term(self, loss: Tensor) -> Tensor:
-        term = torch.stack([self._term(forward) for forward in self._forwards]).mean()
-        self._size = self._forwards[0].batch_size
-        self._forwards.clear()
+        term = torch.stack([self._term(forward) for forward in self._watch.forwards]).mean()
+        self._size = self._watch.forwards[0].batch_size
+        self._watch.forwards.clear()
         self._refuse_broken(loss, term)
         self._terms.append(term)
         return loss + term

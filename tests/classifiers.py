@@ -88,3 +88,21 @@ def trainer(package: str = "lightning.pytorch", callbacks: Any = (), **options: 
         "num_sanity_val_steps": 0,
     }
     return import_module(package).Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def fit(module: Any, *callbacks: Any, batches: int = 4, ckpt_path: Any = None, **options: Any) -> Any:
+    """Train the module with these callbacks; its Trainer."""
+    host = trainer(callbacks=callbacks, **options)
+    host.fit(module, loader(batches), loader(1), ckpt_path=ckpt_path)
+    return host
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of its state dict."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(module: nn.Module, before: dict[str, Tensor]) -> bool:
+    """Whether its state dict is that, bit by bit."""
+    now = module.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())

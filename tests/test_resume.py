@@ -14,14 +14,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from torch import Tensor, nn
 
 from dyncompress.callback import DynCompress
 from dyncompress.checkpoint import read_plan
 from dyncompress.conversion import plan_of
 from dyncompress.errors import CheckpointError, DistillationError, PlanError
 from dyncompress.layers import DynamicConv
-from tests.classifiers import classifier, loader, trainer
+from tests.classifiers import classifier, equal, fit, loader, trainer, weights
 
 Classifier = classifier()
 
@@ -30,12 +29,6 @@ def fresh(seed: int = 0, **arguments: Any) -> Any:
     """A newly built module; the same seed builds the same weights, as loading pretrained ones would."""
     torch.manual_seed(seed)
     return Classifier(**arguments)
-
-
-def fit(module: Any, callback: Any, *others: Any, epochs: int = 1, ckpt_path: Any = None, **options: Any) -> Any:
-    host = trainer(callbacks=[callback, *others], max_epochs=epochs, **options)
-    host.fit(module, loader(), loader(1), ckpt_path=ckpt_path)
-    return host
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +50,6 @@ def state(path: Path) -> dict[str, Any]:
     return found
 
 
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(module: nn.Module, before: dict[str, Tensor]) -> bool:
-    now = module.state_dict()
-    return now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())
-
-
 # ---- killed ------------------------------------------------------------------------------------------------------
 
 KILLED = """
@@ -74,7 +58,7 @@ import torch
 torch.set_num_threads(1)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from dyncompress import DynCompress
-from tests.classifiers import classifier, loader, trainer
+from tests.classifiers import classifier, loader, trainer, equal, fit, weights
 
 class Hang(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -114,7 +98,7 @@ def test_a_run_that_was_killed_in_mid_epoch_goes_on(tmp_path: Path) -> None:
             self.loaded = equal(pl_module, killed)
 
     look, keep = Look(), ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
-    host = fit(module, callback, keep, look, epochs=3, ckpt_path=last, enable_checkpointing=True)
+    host = fit(module, callback, keep, look, max_epochs=3, ckpt_path=last, enable_checkpointing=True)
     assert (look.step, look.loaded) == (6, True)
     assert host.global_step == 12
     assert plan_of(module) == plan
@@ -128,8 +112,8 @@ def test_a_run_that_was_killed_in_mid_epoch_goes_on(tmp_path: Path) -> None:
 
 def test_resuming_equals_never_having_stopped(saved: Path) -> None:
     whole, parts = fresh(), fresh()
-    fit(whole, DynCompress("50%"), epochs=2)
-    fit(parts, DynCompress("50%"), epochs=2, ckpt_path=saved / "full.ckpt")
+    fit(whole, DynCompress("50%"), max_epochs=2)
+    fit(parts, DynCompress("50%"), max_epochs=2, ckpt_path=saved / "full.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.allclose(value.float(), parts.state_dict()[name].float(), atol=1e-6), name
 
@@ -140,7 +124,7 @@ def test_another_teacher_is_refused_and_the_module_stays_as_it_was(saved: Path) 
     with pytest.raises(
         DistillationError, match=r"was taught by network \w{16}, and this one is \w{16}.* pass teacher="
     ):
-        fit(module, DynCompress("50%"), epochs=2, ckpt_path=saved / "full.ckpt")
+        fit(module, DynCompress("50%"), max_epochs=2, ckpt_path=saved / "full.ckpt")
     assert equal(module, before)
     assert vars(module).keys().isdisjoint({"training_step", "on_load_checkpoint"})
 
@@ -151,14 +135,14 @@ def test_the_right_teacher_may_be_given_as_file_or_network(saved: Path) -> None:
         if str(teacher).endswith("plain_as_saved.ckpt"):
             torch.save({"state_dict": fresh().state_dict()}, teacher)
         module, callback = fresh(seed=1), DynCompress("50%", teacher=teacher)
-        fit(module, callback, epochs=2, ckpt_path=saved / "full.ckpt")
+        fit(module, callback, max_epochs=2, ckpt_path=saved / "full.ckpt")
         assert callback.state_dict()["teacher"] == state(saved / "full.ckpt")["teacher"]
         assert plan_of(module) == read_plan(saved / "full.ckpt")
 
 
 def test_another_teacher_that_is_named_is_taken_and_told(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback = DynCompress("50%", teacher=fresh(seed=2).net)
-    fit(fresh(), callback, epochs=2, ckpt_path=saved / "full.ckpt")
+    fit(fresh(), callback, max_epochs=2, ckpt_path=saved / "full.ckpt")
     told = capsys.readouterr().out
     assert (
         f"teacher {callback.state_dict()['teacher']} takes the place of {state(saved / 'full.ckpt')['teacher']}" in told
@@ -175,13 +159,13 @@ def test_a_saved_teacher_comes_back_with_the_checkpoint(saved: Path) -> None:
             self.found = weights(callback._teacher.network)
 
     look = Look()
-    fit(module, callback, look, epochs=2, ckpt_path=saved / "taught.ckpt")
+    fit(module, callback, look, max_epochs=2, ckpt_path=saved / "taught.ckpt")
     assert all(torch.equal(look.found[name], value) for name, value in original.items())
     assert callback.state_dict()["teacher"] == state(saved / "taught.ckpt")["teacher"]
 
 
 def test_switching_distillation_off_needs_no_teacher(saved: Path) -> None:
-    host = fit(fresh(seed=1), DynCompress("50%", distill=False), epochs=2, ckpt_path=saved / "full.ckpt")
+    host = fit(fresh(seed=1), DynCompress("50%", distill=False), max_epochs=2, ckpt_path=saved / "full.ckpt")
     assert host.global_step == 8
 
 
@@ -200,7 +184,7 @@ def test_teacher_files_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) 
 
 def test_the_checkpoints_plan_wins_over_the_target(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = fresh()
-    host = fit(module, DynCompress("25%", method="static"), epochs=2, ckpt_path=saved / "full.ckpt")
+    host = fit(module, DynCompress("25%", method="static"), max_epochs=2, ckpt_path=saved / "full.ckpt")
     assert plan_of(module) == read_plan(saved / "full.ckpt")
     assert "asked 25% (a checkpoint's plan for 50% decides), reached 49.21%" in capsys.readouterr().out
     assert host.global_step == 8
@@ -212,17 +196,15 @@ def test_the_checkpoints_plan_wins_over_the_target(saved: Path, capsys: pytest.C
 def test_averaging_resumes_with_the_same_plan_and_refuses_another(saved: Path, tmp_path: Path) -> None:
     averaged = fit(fresh(), DynCompress("50%"), EMAWeightAveraging())
     averaged.save_checkpoint(tmp_path / "ema.ckpt")
-    host = fit(fresh(), DynCompress("50%"), EMAWeightAveraging(), epochs=2, ckpt_path=tmp_path / "ema.ckpt")
+    host = fit(fresh(), DynCompress("50%"), EMAWeightAveraging(), max_epochs=2, ckpt_path=tmp_path / "ema.ckpt")
     assert host.global_step == 8
     module = fresh()
     before = weights(module)
-    with pytest.raises(
-        CheckpointError, match=r"EMAWeightAveraging has copied the module in its present shape; pass plan="
-    ):
-        fit(module, DynCompress("25%"), EMAWeightAveraging(), epochs=2, ckpt_path=tmp_path / "ema.ckpt")
+    with pytest.raises(CheckpointError, match=r"EMAWeightAveraging has copied the module, .* pass plan="):
+        fit(module, DynCompress("25%"), EMAWeightAveraging(), max_epochs=2, ckpt_path=tmp_path / "ema.ckpt")
     assert equal(module, before)
     callback = DynCompress(plan=tmp_path / "ema.ckpt")  # the way out
-    fit(fresh(), callback, EMAWeightAveraging(), epochs=2, ckpt_path=tmp_path / "ema.ckpt")
+    fit(fresh(), callback, EMAWeightAveraging(), max_epochs=2, ckpt_path=tmp_path / "ema.ckpt")
 
 
 def test_a_strategy_that_loads_late_is_refused(saved: Path) -> None:
@@ -233,9 +215,11 @@ def test_a_strategy_that_loads_late_is_refused(saved: Path) -> None:
         def restore_checkpoint_after_setup(self) -> bool:
             return True
 
-    with pytest.raises(CheckpointError, match="Late loads it only after the module was split; pass plan="):
-        fit(fresh(), DynCompress("25%"), epochs=2, ckpt_path=saved / "full.ckpt", strategy=Late(), devices="auto")
-    host = fit(fresh(), DynCompress("50%"), epochs=2, ckpt_path=saved / "full.ckpt", strategy=Late(), devices="auto")
+    with pytest.raises(CheckpointError, match=r"Late has split the module, .* pass plan="):
+        fit(fresh(), DynCompress("25%"), max_epochs=2, ckpt_path=saved / "full.ckpt", strategy=Late(), devices="auto")
+    host = fit(
+        fresh(), DynCompress("50%"), max_epochs=2, ckpt_path=saved / "full.ckpt", strategy=Late(), devices="auto"
+    )
     assert host.global_step == 8
 
 
@@ -245,7 +229,7 @@ def test_a_checkpoint_that_was_never_compressed_is_refused(saved: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"holds no plan: .* with Classifier\.load_from_checkpoint, and leave out ckpt"
     ):
-        fit(module, DynCompress("50%"), epochs=2, ckpt_path=saved / "plain.ckpt")
+        fit(module, DynCompress("50%"), max_epochs=2, ckpt_path=saved / "plain.ckpt")
     assert equal(module, before)
 
 
@@ -253,7 +237,7 @@ def test_a_plan_of_another_network_is_refused(saved: Path) -> None:
     module = fresh(width=24)
     before = weights(module)
     with pytest.raises(PlanError, match="the plan was made for another network: "):
-        fit(module, DynCompress("50%"), epochs=2, ckpt_path=saved / "full.ckpt")
+        fit(module, DynCompress("50%"), max_epochs=2, ckpt_path=saved / "full.ckpt")
     assert equal(module, before)
 
 
@@ -281,14 +265,14 @@ def test_an_original_checkpoint_is_evaluated_as_it_is(saved: Path) -> None:
 def test_the_best_checkpoint_of_a_fit_is_tested(tmp_path: Path, saved: Path) -> None:
     module, callback = fresh(), DynCompress("50%")
     keep = ModelCheckpoint(tmp_path, monitor="val_loss")
-    host = fit(module, callback, keep, epochs=2, enable_checkpointing=True)
+    host = fit(module, callback, keep, max_epochs=2, enable_checkpointing=True)
     layers = list(module.net.modules())
     host.test(module, loader(1), ckpt_path="best", verbose=False)
     assert equal(module, torch.load(keep.best_model_path, weights_only=True)["state_dict"])
     assert list(module.net.modules()) == layers  # loaded, not built anew
     other = fit(fresh(), DynCompress("25%"))
     other.save_checkpoint(tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match="the original is gone, which that plan would start from"):
+    with pytest.raises(CheckpointError, match=r"the original is gone, .* newly built module"):
         host.test(module, loader(1), ckpt_path=tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="holds no plan"):
         host.test(module, loader(1), ckpt_path=saved / "plain.ckpt")
