@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from dyncompress.budget import Budget, readable
 from dyncompress.checkpoint import load_weights, read_plan
 from dyncompress.conversion import plan_of, recalibrate, resolve
 from dyncompress.distillation import DistillConfig, Teacher
-from dyncompress.errors import DistillationError, DynCompressError, PlanError
+from dyncompress.errors import DistillationError, DynCompressError, PlanError, TraceError
 from dyncompress.host import (
     NotYetError,
     bare,
@@ -187,9 +188,14 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         """Compare the teacher with the checkpoint's; recalibrate BatchNorm where nothing was trained yet."""
         assert self._student is not None
         self._check_teacher(trainer)
-        if self._student.original is not None and self.recalibrate and trainer.global_step == 0:
-            inputs = training_inputs(trainer, pl_module, self._student.network, self.recalibrate)
-            recalibrate(self._student.inner, inputs)
+        untrained = self._student.original is not None and trainer.global_step == 0
+        if untrained and self.recalibrate and any(isinstance(m, _BatchNorm) for m in self._student.inner.modules()):
+            try:
+                inputs = training_inputs(trainer, pl_module, self._student.network, self.recalibrate)
+            except TraceError as error:
+                trainer.print(f"DynCompress: BatchNorm starts with the original's statistics; {error}")
+            else:
+                recalibrate(self._student.inner, inputs)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -207,13 +213,16 @@ class DynCompress(*_BASES):  # type: ignore[misc]
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave no patch behind."""
+        """Leave no patch behind, and no teacher on an accelerator."""
         self._undo()
+        if self._teacher is not None:
+            self._teacher.network.cpu()
 
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave no patch behind; where dyncompress itself gives up before the first step, leave nothing behind."""
-        if isinstance(exception, DynCompressError) and self._student is not None and self._student.original:
+        ours = isinstance(exception, DynCompressError) and trainer.state.fn == "fit"
+        if ours and self._student is not None and self._student.original is not None:
             self._student.revert()
             self._student = self._teacher = None
         self._undo()

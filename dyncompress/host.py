@@ -179,6 +179,9 @@ def from_rank_zero(trainer: Any, decide: Callable[[], T]) -> T:
             answer = decide()
         except DynCompressError as error:
             problem = error
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for an answer; raised below
+            problem = DynCompressError(f"rank 0 failed with {type(error).__name__}: {error}; see its own output")
+            problem.__cause__ = error
     answer, problem = trainer.strategy.broadcast((answer, problem))
     if problem is not None:
         raise problem

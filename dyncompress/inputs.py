@@ -6,6 +6,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def training_inputs(trainer: Any, module: Any, network: nn.Module, count: int) -
     names = ("training_step",) if module.automatic_optimization else ("validation_step",)
     found = []
     with _same_randomness():
-        for batch, _ in zip(_batches(trainer.train_dataloader), range(count), strict=False):
+        for batch in islice(_batches(trainer.train_dataloader), count):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch)
             batch = trainer.strategy.batch_to_device(batch)

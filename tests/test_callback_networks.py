@@ -15,14 +15,29 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from dyncompress import DistillConfig, DynCompress
 from dyncompress.conversion import plan_of
 from dyncompress.layers import DynamicConv
-from tests.classifiers import CLASSES, Net, classifier, fit, loader, trainer
+from tests.classifiers import BATCH, CLASSES, Net, classifier, fit, loader, trainer
 from tests.wandb_offline import read
 
 Classifier = classifier()
+
+
+class Quiet(pl.LightningModule):
+    """Logs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 # ---- networks of many kinds --------------------------------------------------------------------------------------
@@ -130,6 +145,66 @@ def test_a_compiled_network_is_converted_inside_its_wrapper() -> None:
     assert host.callback_metrics["distill/loss"] > 0
 
 
+class Manual(Quiet):
+    """Its network's input can't be seen without training it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_manual_optimisation_trains_without_recalibration(capsys: pytest.CaptureFixture[str]) -> None:
+    module = Manual()
+    host = trainer(callbacks=[DynCompress("50%")])
+    host.fit(module, loader())
+    assert plan_of(module.net) is not None
+    assert host.callback_metrics["distill/loss"] > 0
+    assert "BatchNorm starts with the original's statistics" in capsys.readouterr().out
+
+
+class Iterating(Quiet):
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_fetches_its_own_batches_is_taught() -> None:
+    host = trainer(callbacks=[DynCompress("50%")])
+    host.fit(Iterating(), loader())
+    assert host.global_step == 4
+    assert host.callback_metrics["distill/loss"] > 0
+
+
+def test_without_batchnorm_no_batch_is_read_in_advance() -> None:
+    class Counted(Dataset[Any]):
+        def __init__(self) -> None:
+            self.data, self.reads = loader().dataset, 0
+
+        def __len__(self) -> int:
+            return len(self.data)
+
+        def __getitem__(self, index: int) -> Any:
+            self.reads += 1
+            return self.data[index]
+
+    module, counted = Quiet(), Counted()
+    module.net = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    module.net.append(nn.Linear(32, CLASSES))
+    example = torch.zeros(1, 3, 8, 8)
+    trainer(callbacks=[DynCompress("50%", example=example)]).fit(module, DataLoader(counted, batch_size=BATCH))
+    assert counted.reads == 16  # the epoch
+
+
 # ---- loggers -----------------------------------------------------------------------------------------------------
 
 
@@ -188,17 +263,3 @@ def test_fast_dev_run_and_barebones_work() -> None:
     module = Quiet()
     host.fit(module, loader())
     assert plan_of(module) is not None
-
-
-class Quiet(pl.LightningModule):
-    """Logs nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Net()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.01)

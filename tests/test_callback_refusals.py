@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 
 from dyncompress import DistillConfig, DynCompress, DynCompressError, make_plan
 from dyncompress.conversion import plan_of
-from dyncompress.errors import BudgetError, DistillationError, PlanError, TraceError, UnknownMethodError
+from dyncompress.errors import (
+    BudgetError,
+    CheckpointError,
+    DistillationError,
+    PlanError,
+    TraceError,
+    UnknownMethodError,
+)
 from tests.classifiers import BATCH, CLASSES, Net, classifier, equal, fit, loader, trainer, weights
 
 Classifier = classifier()
@@ -139,6 +147,20 @@ def test_a_converted_module_needs_a_teacher() -> None:
     untouched(module, DynCompress("25%", teacher=original), PlanError, "converted already, to 50%, .* asks for 25%")
     assert fit(module, DynCompress("50%", teacher=original)).callback_metrics["distill/loss"] > 0
     fit(module, DynCompress("50%", distill=False))
+
+
+def test_an_error_in_another_stage_leaves_an_attached_module_converted(tmp_path: Path) -> None:
+    module, callback = Classifier(), DynCompress("50%")
+    trainer(max_epochs=0).fit(module, loader(), loader(1))
+    torch.save(trainer_checkpoint(module), tmp_path / "plain.ckpt")
+    callback.attach(module, EXAMPLE)
+    with pytest.raises(CheckpointError, match="holds no plan"):
+        trainer(callbacks=[callback]).test(module, loader(1), ckpt_path=tmp_path / "plain.ckpt")
+    assert plan_of(module) is not None
+
+
+def trainer_checkpoint(module: nn.Module) -> dict[str, Any]:
+    return {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.6", "epoch": 0, "global_step": 0}
 
 
 def test_two_of_them_are_refused_by_lightning() -> None:

@@ -189,12 +189,15 @@ def test_rank_zero_decides_for_all() -> None:
     assert [from_rank_zero(TwoRanks(rank, mail), lambda rank=rank: rank + 7) for rank in (0, 1)] == [7, 7]
 
 
-def test_the_error_of_rank_zero_is_raised_on_all() -> None:
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(PlanError("too wide"), PlanError), (NotYetError("later"), NotYetError), (OSError("no disk"), DynCompressError)],
+)
+def test_the_error_of_rank_zero_is_raised_on_all(raised: Exception, expected: type[Exception]) -> None:
+    def fail() -> None:
+        raise raised
+
     mail: list[Any] = []
     for rank in (0, 1):
-        with pytest.raises(PlanError, match="on rank 0"):
-            from_rank_zero(TwoRanks(rank, mail), lambda: fail())
-
-
-def fail() -> None:
-    raise PlanError("on rank 0")
+        with pytest.raises(expected, match=str(raised)):
+            from_rank_zero(TwoRanks(rank, mail), fail)
