@@ -1,0 +1,247 @@
+"""A recipe: which network, which data, what target and how to get there, as a YAML file that a person edits.
+
+Reading follows LightningCLI: classes by ``class_path`` and ``init_args``, any value changed on the command line
+(``--epochs 2``, ``--data.root FOLDER``), an unknown key refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from dyncompress.budget import Budget
+from dyncompress.distillation import DistillConfig
+from dyncompress.errors import RecipeError
+from dyncompress.layers import get_method
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The network to compress.
+
+    Args:
+        checkpoint: File with its trained weights: a Lightning checkpoint or a state dict of the module or of its
+            network. Without one the network is trained first.
+        epochs: Epochs of that training.
+    """
+
+    checkpoint: str | None = None
+    epochs: int = 10
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Train or load a network, compress it, fine-tune it against the original, compare it with a static control.
+
+    Args:
+        model: The LightningModule: class_path and init_args (--model.NAME VALUE sets one of them).
+        data: The LightningDataModule, likewise (--data.NAME VALUE).
+        target: What the student may cost: 33%, 0.33, 1.2G, "350k params", "60% latency".
+        method: What its convolutions become; `dyncompress methods` lists the names.
+        options: Options of the method.
+        allocation: How widths share the budget: importance or uniform.
+        ignore: Layers to leave alone, by name glob or type.
+        distill: How the student learns from the original.
+        baseline: The network to compress.
+        epochs: Epochs of fine-tuning, for the student and the control alike.
+        seeds: One student and one control are fine-tuned per seed.
+        score: Name under which the module's test step logs what to compare; higher is better.
+        control: Also fine-tune the static network of the same MACs.
+        trainer: Further arguments of Lightning's Trainer, such as accelerator or limit_train_batches.
+        threads: CPU threads of torch; 0 leaves the choice to torch. Small networks are faster with 1.
+        wandb: Project in Weights & Biases; null keeps W&B out. Offline unless a key is set.
+        name: What the report calls it; the file's name when empty.
+        out: Folder of the results; runs/NAME/TIME when empty. A run that was cut short goes on in its folder.
+    """
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    target: str | float
+    method: str = "dynet"
+    options: dict[str, Any] = field(default_factory=dict)
+    allocation: str = "importance"
+    ignore: tuple[str, ...] = ()
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    baseline: Baseline = field(default_factory=Baseline)
+    epochs: int = 5
+    seeds: tuple[int, ...] = (0, 1, 2)
+    score: str = "test_acc"
+    control: bool = True
+    trainer: dict[str, Any] = field(default_factory=dict)
+    threads: int = 0
+    wandb: str | None = "dyncompress"
+    name: str = ""
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        Budget.parse(self.target)
+        get_method(self.method, **self.options)
+        least = {"epochs": (self.epochs, 1), "baseline.epochs": (self.baseline.epochs, 1), "threads": (self.threads, 0)}
+        for key, (count, lowest) in least.items():
+            if count < lowest:
+                raise RecipeError(f"{key} is {count} - a number from {lowest} - raise it")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise RecipeError(f"seeds are {list(self.seeds)} - distinct numbers from 0, at least one - correct them")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, as written to the run's folder."""
+        return asdict(self)
+
+
+def recipe_parser(prog: str) -> ArgumentParser:
+    """The command line of a recipe."""
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} RECIPE.yaml [--KEY VALUE ...]",
+        description="Every KEY of the recipe can be changed on the command line.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", metavar="RECIPE.yaml", help="Same as RECIPE.yaml.")
+    parser.add_class_arguments(Recipe, as_group=False)
+    return parser
+
+
+def read_recipe(words: Sequence[str], prog: str = "dyncompress run") -> Recipe:
+    """Read a recipe and the changes to it.
+
+    Args:
+        words: As on the command line: the path of the YAML file, then options.
+        prog: The command, for its help.
+
+    Returns:
+        The recipe; nothing has been built.
+
+    Raises:
+        RecipeError: If the file cannot be read, a key is not known, or a value has the wrong type.
+    """
+    words = list(words)
+    if not words:
+        raise RecipeError(f"no recipe is given - the path of a YAML file - such as {prog} recipes/digits.yaml")
+    if not words[0].startswith("-"):
+        words.insert(0, "--config")
+    parser = recipe_parser(prog)
+    path = words[1] if words[:1] == ["--config"] and len(words) > 1 else ""
+    if path:
+        check_keys(_load(path), Recipe, f"{path}: ")
+    for word in words:
+        if word.startswith("--") and word not in ("--config", "--help") and not word.startswith("--print_config"):
+            check_keys(_nested(word[2:].partition("=")[0].rstrip("+")), Recipe, f"option {word}: ")
+    try:
+        parsed = parser.parse_args(words)
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path or 'recipe'}: {reason} - see {prog} --help") from None
+    return _from_namespace(parsed, Path(path).stem)
+
+
+def check_keys(values: object, kind: type, where: str) -> None:
+    """Raise RecipeError at the first key that a dataclass, or one nested in it, does not have."""
+    if not isinstance(values, Mapping):
+        return
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            raise RecipeError(f"{where}unknown key {key!r}{suggest(key, hints)}")
+        if is_dataclass(hints[key]):
+            check_keys(value, hints[key], f"{where}{key}: ")
+
+
+def build(component: Mapping[str, Any], what: str) -> Any:
+    """Make the object that a ``class_path`` and its ``init_args`` describe.
+
+    Args:
+        component: ``{"class_path": "module.Class", "init_args": {...}}``; arguments may be components themselves.
+        what: The recipe's key, for messages.
+
+    Raises:
+        RecipeError: If the class does not exist or does not take these arguments.
+    """
+    path = component.get("class_path")
+    if not isinstance(path, str):
+        raise RecipeError(f"{what} has no class_path - the dotted name of a class, such as digits.Digits - add it")
+    cls = _import_class(path, what)
+    parser = ArgumentParser(exit_on_error=False)
+    arguments = parser.add_class_arguments(cls, fail_untyped=False)
+    given = component.get("init_args", {})
+    for key in given:
+        if key not in arguments:
+            raise RecipeError(f"{what}: {path} has no argument {key!r}{suggest(key, arguments)}")
+    try:
+        parsed = parser.parse_object(given)
+    except ArgumentError as error:
+        raise RecipeError(f"{what}: {' '.join(str(error).split())} - see the arguments of {path}") from None
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
+    return cls(**instantiate(parsed).as_dict())
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, and all of them."""
+    known = list(known)
+    near = get_close_matches(str(key), known, 1, 0.5)
+    return (f"; did you mean {near[0]!r}?" if near else "") + f" - allowed: {', '.join(known) or 'none'}"
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """The classes of a recipe may live beside its YAML file."""
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder.resolve()))
+
+
+def _import_class(path: str, what: str) -> type:
+    module, _, name = path.rpartition(".")
+    try:
+        found = import_module(module)
+    except (ImportError, ValueError) as error:
+        raise RecipeError(
+            f"{what}: {path!r} cannot be imported ({error}) - the dotted name of a class, in a module beside the "
+            "recipe or installed - correct class_path or install what it needs"
+        ) from error
+    cls = getattr(found, name, None)
+    if not isinstance(cls, type):
+        own = [value for value in vars(found).values() if getattr(value, "__module__", "") == module]
+        classes = [value.__name__ for value in own if isinstance(value, type)]
+        raise RecipeError(f"{what}: module {module!r} has no class {name!r}{suggest(name, classes)}")
+    return cls
+
+
+def _load(path: str) -> object:
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path!r}: {error.strerror} - a YAML file - check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"recipe {path!r} holds {type(content).__name__} - keys and values, such as 'epochs: 5'")
+    return content
+
+
+def _nested(dotted: str) -> dict[str, Any]:
+    """``"a.b"`` -> ``{"a": {"b": None}}``."""
+    key, _, rest = dotted.partition(".")
+    return {key: _nested(rest) if rest else None}
+
+
+def _from_namespace(parsed: Namespace, name: str) -> Recipe:
+    values = parsed.as_dict()
+    values.pop("config", None)
+    for key, kind in get_type_hints(Recipe).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            values[key] = kind(**values[key])
+    for key in ("model", "data"):  # what stands beside init_args (--data.root X) belongs into it
+        path, given, short = values[key].pop("class_path", None), values[key].pop("init_args", {}), values[key]
+        values[key] = {"class_path": path, "init_args": {**given, **short}}
+    return Recipe(**{**values, "name": values["name"] or name})
