@@ -1,0 +1,195 @@
+"""What a recipe compresses: its module and data, built and tried out on one batch before anything is spent."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from dyncompress.checkpoint import load_weights
+from dyncompress.errors import RecipeError
+from dyncompress.host import find_network
+from dyncompress.plan import Plan
+from dyncompress.planning import make_plan
+from dyncompress.recipe import Recipe, build, suggest
+
+# What the recipe decides itself, and where.
+RESERVED = {"max_epochs": "epochs and baseline.epochs", "logger": "wandb", "callbacks": "distill and method"}
+# A run is a line of text per network: no bars, no summaries, no checkpoints of arms that take minutes.
+TRAINER = {
+    "devices": 1,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A LightningModule with its data, ready to be trained or compressed.
+
+    Attributes:
+        recipe: Where it comes from.
+        lightning: The Lightning package that the module belongs to.
+        model: The LightningModule, with the checkpoint's weights where the recipe names one.
+        data: The LightningDataModule.
+        path: Name of the network in the module, "" for the module itself.
+        example: What the network's forward takes: the inputs of one batch.
+    """
+
+    recipe: Recipe
+    lightning: Any
+    model: Any
+    data: Any
+    path: str
+    example: Any
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Subject:
+        """Build a recipe's module and data and run one test batch through them.
+
+        Raises:
+            RecipeError: If a class, an argument, the checkpoint, the data or the score does not exist.
+        """
+        model = build(recipe.model, "model")
+        lightning = lightning_of(model)
+        _check_trainer(recipe, lightning)
+        with quiet(lightning):
+            lightning.seed_everything(recipe.seeds[0], verbose=False)
+            data = build(recipe.data, "data")
+            path, network = find_network(model)
+            if recipe.baseline.checkpoint:
+                load_weights(network, recipe.baseline.checkpoint, prefix=path and f"{path}.")
+            untried = cls(recipe, lightning, model, data, path, None)
+            with _inputs(network) as seen:
+                untried.test(model, limit_test_batches=1)
+        if not seen:
+            raise RecipeError(
+                f"model: the test step of {type(model).__name__} never calls its network {path or 'self'!r} - one that "
+                "calls it as a whole, self.net(x) or self(x) - call it so"
+            )
+        return cls(recipe, lightning, model, data, path, seen[0])
+
+    def network(self, module: Any) -> nn.Module:
+        """The network in the module or in a copy of it."""
+        found: nn.Module = module.get_submodule(self.path)
+        return found
+
+    def trainer(self, **arguments: Any) -> Any:
+        """A quiet Trainer with the recipe's settings."""
+        return self.lightning.Trainer(**{**TRAINER, "logger": False, **self.recipe.trainer, **arguments})
+
+    def test(self, module: Any, **arguments: Any) -> float:
+        """The recipe's score of a module.
+
+        Raises:
+            RecipeError: If the data cannot be read, or the test step logs no such score.
+        """
+        try:
+            results = self.trainer(**arguments).test(module, self.data, verbose=False)
+        except OSError as error:
+            raise RecipeError(
+                f"data: {type(self.data).__name__} failed with {type(error).__name__}: {error} - files that it can "
+                "read - check the arguments of data"
+            ) from error
+        found = {name: value for result in results for name, value in result.items()}
+        if self.recipe.score not in found:
+            problem = f"the test step of {type(module).__name__} logs no {self.recipe.score!r}"
+            raise RecipeError(f"score: {problem}{suggest(self.recipe.score, found)}")
+        return float(found[self.recipe.score])
+
+    def plan(self) -> Plan:
+        """The student's plan, at the weights that the module has now."""
+        return self._plan(self.recipe.method, self.recipe.target, self.recipe.options)
+
+    def plans(self) -> dict[str, Plan]:
+        """The student's plan, and its control's: the static network that costs as many MACs as the student."""
+        student = self.plan()
+        if not self.recipe.control or self.recipe.method == "static":
+            return {"student": student}
+        return {"static": self._plan("static", student.macs_after, {}), "student": student}
+
+    def _plan(self, method: str, target: str | float, options: dict[str, Any]) -> Plan:
+        recipe = self.recipe
+        return make_plan(
+            self.network(self.model),
+            self.example,
+            target,
+            method,
+            options=options,
+            allocation=recipe.allocation,
+            ignore=recipe.ignore,
+        )
+
+
+def lightning_of(model: object) -> Any:
+    """The Lightning package of a module; there are two, and a Trainer takes only its own package's modules.
+
+    Raises:
+        RecipeError: If it is no LightningModule.
+    """
+    for kind in type(model).__mro__:
+        package = kind.__module__.partition(".")[0]
+        if kind.__name__ == "LightningModule" and package in ("lightning", "pytorch_lightning"):
+            return import_module("lightning.pytorch" if package == "lightning" else package)
+    raise RecipeError(
+        f"model: {type(model).__name__} is no LightningModule - a class of pytorch_lightning or lightning.pytorch - "
+        "wrap the network in one"
+    )
+
+
+@contextmanager
+def quiet(lightning: Any) -> Iterator[None]:
+    """Lightning without its advice on hardware, workers and logging intervals; warnings about errors still show."""
+    # All names: with both packages imported, each logs under the name of the one that came last.
+    names = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    advice = import_module(f"{lightning.__name__}.utilities.warnings").PossibleUserWarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", advice)
+        warnings.filterwarnings(
+            "ignore", ".isinstance.treespec, LeafSpec", FutureWarning
+        )  # Lightning 2.6 on torch 2.13
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _check_trainer(recipe: Recipe, lightning: Any) -> None:
+    known = [name for name in inspect.signature(lightning.Trainer).parameters if name not in RESERVED]
+    for name in recipe.trainer:
+        if name in RESERVED:
+            raise RecipeError(f"trainer.{name} is the recipe's own business - set {RESERVED[name]} instead")
+        if name not in known:
+            raise RecipeError(f"trainer: Trainer has no argument {name!r}{suggest(name, known)}")
+
+
+@contextmanager
+def _inputs(network: nn.Module) -> Iterator[list[Any]]:
+    """The inputs of every call of the network, while the context lasts."""
+    seen: list[Any] = []
+
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs:
+            seen.append(dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
+        else:
+            seen.append(args)
+
+    handle = network.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
