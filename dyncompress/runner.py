@@ -1,0 +1,272 @@
+"""Run a recipe: original, static control and student over the seeds, into one folder.
+
+Whatever can be wrong is looked for before anything is trained, and each result is written when it is there: a run
+that was cut short goes on in its folder with what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dyncompress.arms import Arm, Score
+from dyncompress.bundle import save
+from dyncompress.callback import DynCompress
+from dyncompress.checkpoint import load_weights
+from dyncompress.conversion import convert
+from dyncompress.errors import RecipeError
+from dyncompress.evaluation import bank_bytes
+from dyncompress.latency import measure_latency
+from dyncompress.loggers import LOGS, run_loggers, wandb_mode
+from dyncompress.plan import Plan
+from dyncompress.recipe import Recipe
+from dyncompress.report import Report
+from dyncompress.subject import Subject, quiet
+from dyncompress.tracking import log_report
+
+# May differ from those that a folder was begun with: where results go and what they are called, and more seeds.
+FREE = ("out", "name", "wandb", "seeds")
+
+
+def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
+    """Train or load the original, plan, convert, fine-tune over the seeds, evaluate, report.
+
+    The folder ends up with report.json, report.csv, tradeoff.png, plan.json, control.json, original.pt (where it was
+    trained), student.safetensors (of the first seed, so that no test score chooses it), the metrics of every
+    training, and the W&B runs. Run again on the same folder, it does only what is missing.
+
+    Args:
+        recipe: What to do.
+        console: Where to tell about it; standard output by default.
+
+    Returns:
+        The report.
+
+    Raises:
+        DynCompressError: If the recipe cannot be run; nothing has been trained then.
+    """
+    console = console or Console()
+    subject = Subject.of(recipe)
+    subject.plans()  # at the untrained weights: to fail now, if at all, and not after the training
+    run = Run.begin(subject, console)
+    with quiet(subject.lightning), torch_threads(recipe.threads):
+        run.original()
+        plans = run.plans()
+        missing = run.missing(plans)
+        for arm, seed in missing:
+            with run.loggers(arm, seed) as loggers:
+                run.finetune(arm, seed, plans[arm], loggers)
+                if (arm, seed) == missing[-1]:
+                    report = run.report(plans)
+                    log_report(report, loggers, plans["student"])
+        if not missing:
+            report = run.report(plans)
+    report.save(run.folder)
+    console.print(report)
+    files = sorted(path.name for path in run.folder.iterdir() if path.is_file())
+    console.print(f"\nin {run.folder}: {', '.join(files)}", highlight=False)
+    return report
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe at work in its folder.
+
+    Attributes:
+        subject: What is compressed.
+        folder: Where results go.
+        group: Name of all its trainings together.
+        scores: Scores by arm and seed, as in scores.json.
+        console: Where progress is told.
+    """
+
+    subject: Subject
+    folder: Path
+    group: str
+    scores: dict[str, dict[str, float]]
+    console: Console
+
+    @classmethod
+    def begin(cls, subject: Subject, console: Console) -> Run:
+        """Open the folder, or begin it.
+
+        Raises:
+            RecipeError: If the folder holds the results of another recipe.
+        """
+        recipe = subject.recipe
+        now = f"{datetime.now():%Y-%m-%dT%H-%M-%S}"
+        folder = Path(recipe.out) if recipe.out else Path("runs", recipe.name, now)
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = folder / "recipe.json"
+        asked = json.loads(json.dumps(recipe.to_dict()))
+        if begun.exists():
+            before = json.loads(begun.read_text("utf-8"))
+            odd = [key for key in asked if key not in FREE and before["recipe"].get(key) != asked[key]]
+            if odd:
+                was, now_asked = before["recipe"].get(odd[0]), asked[odd[0]]
+                raise RecipeError(
+                    f"{folder} was begun with another recipe: {odd[0]} was {was!r}, is {now_asked!r} - the same recipe "
+                    "goes on where it stopped - choose another folder with --out, or remove this one"
+                )
+            group = before["group"]
+        else:
+            group = f"{recipe.name} {now}"
+            _write_json(begun, {"group": group, "recipe": asked})
+        results = folder / "scores.json"
+        scores = json.loads(results.read_text("utf-8")) if results.exists() else {}
+        run = cls(subject, folder, group, scores, console)
+        mode, reason = wandb_mode()
+        if recipe.wandb:
+            where = f"; runs are kept in {folder / 'wandb'}" if mode == "offline" else ""
+            console.print(f"W&B is {mode}: {reason}{where}", highlight=False)
+        return run
+
+    # ---- stages --------------------------------------------------------------------------------------------------
+
+    def original(self) -> None:
+        """Give the module its trained weights: from the checkpoint, from an earlier run, or by training it now."""
+        subject, recipe = self.subject, self.subject.recipe
+        weights, seed, started = self.folder / "original.pt", recipe.seeds[0], time.perf_counter()
+        if recipe.baseline.checkpoint:
+            if "original" not in self.scores:
+                self._record("original", seed, subject.test(subject.model), 0, started)
+        elif "original" in self.scores and weights.exists():
+            load_weights(subject.network(subject.model), weights)
+        else:
+            with self.loggers("original", seed) as loggers:
+                score = self._train("original", seed, subject.model, recipe.baseline.epochs, [], loggers)
+                torch.save(subject.network(subject.model).state_dict(), weights)
+                self._record("original", seed, score, recipe.baseline.epochs, started)
+
+    def plans(self) -> dict[str, Plan]:
+        """The plan of each arm: those in the folder, edited or not, else new ones."""
+        paths = {"static": self.folder / "control.json", "student": self.folder / "plan.json"}
+        if paths["student"].exists():
+            plans = {arm: Plan.load(path) for arm, path in paths.items() if path.exists()}
+        else:
+            plans = self.subject.plans()
+            for arm, path in paths.items():
+                if arm in plans:
+                    plans[arm].save(path)
+        self.console.print(plans["student"].table())
+        return plans
+
+    def missing(self, plans: dict[str, Plan]) -> list[tuple[str, int]]:
+        """Arms and seeds without a score, the student of the last seed last."""
+        arms = [arm for arm in ("static", "student") if arm in plans]
+        wanted = [(arm, seed) for seed in self.subject.recipe.seeds for arm in arms]
+        return [(arm, seed) for arm, seed in wanted if str(seed) not in self.scores.get(arm, {})]
+
+    def finetune(self, arm: str, seed: int, plan: Plan, loggers: list[Any]) -> None:
+        """Convert a copy of the original in the Trainer, distil it, score it."""
+        subject, recipe, started = self.subject, self.subject.recipe, time.perf_counter()
+        module = deepcopy(subject.model)
+        callback = DynCompress(plan=plan, distill=recipe.distill, module=subject.path, seed=seed)
+        score = self._train(arm, seed, module, recipe.epochs, [callback], loggers)
+        if arm == "student" and seed == recipe.seeds[0]:
+            save(subject.network(module), self.folder / "student.safetensors")
+        self._record(arm, seed, score, recipe.epochs, started)
+
+    def report(self, plans: dict[str, Plan]) -> Report:
+        """Measure the networks against each other and put everything together."""
+        subject, recipe = self.subject, self.subject.recipe
+        original, plan = subject.network(subject.model), plans["student"]
+        nets = {"original": original, **{arm: convert(original, plans[arm]) for arm in sorted(plans)}}
+        latency = measure_latency(nets, subject.example)
+        arms = {
+            arm: Arm(
+                method=plans[arm].method,
+                macs=plans[arm].macs_after,
+                params=plans[arm].params_after,
+                score=self._score(arm),
+                bank_bytes=bank_bytes(nets[arm]),
+                latency=latency[arm],
+            )
+            for arm in plans
+        }
+        before = Arm("", plan.macs_before, plan.params_before, self._score("original"), 0, latency["original"])
+        return Report(
+            target=str(recipe.target),
+            method=recipe.method,
+            original=before,
+            student=arms["student"],
+            static=arms.get("static"),
+            name=recipe.name,
+            score_name=recipe.score,
+            epochs=recipe.epochs,
+        )
+
+    # ---- one training --------------------------------------------------------------------------------------------
+
+    def loggers(self, arm: str, seed: int) -> Any:
+        """Loggers of one training; what an earlier attempt at it left is removed."""
+        recipe, run = self.subject.recipe, f"{arm}-seed{seed}"
+        shutil.rmtree(self.folder / LOGS / run, ignore_errors=True)
+        config = {**recipe.to_dict(), "arm": arm, "seed": seed}
+        return run_loggers(self.subject.lightning, self.folder, recipe.wandb, self.group, run, config)
+
+    def _train(self, arm: str, seed: int, module: Any, epochs: int, callbacks: list[Any], loggers: list[Any]) -> float:
+        """Train a module and give its score."""
+        subject, label = self.subject, f"{arm:<9} seed {seed}"
+        # What a training prints goes to a file beside its metrics: the terminal has one line per training.
+        printed = self.folder / LOGS / f"{arm}-seed{seed}.txt"
+        printed.parent.mkdir(exist_ok=True)
+        with printed.open("w", encoding="utf-8") as file, redirect_stdout(file), self.console.status(label) as status:
+            subject.lightning.seed_everything(seed, verbose=False)
+            told = progress(subject.lightning, lambda text: status.update(f"{label}  {text}"))
+            trainer = subject.trainer(max_epochs=epochs, logger=loggers, callbacks=[*callbacks, told])
+            trainer.fit(module, subject.data)
+            if trainer.interrupted:  # some releases of Lightning return after Ctrl-C as if all were well
+                raise KeyboardInterrupt
+            return subject.test(module, logger=loggers)
+
+    def _record(self, arm: str, seed: int, score: float, epochs: int, started: float) -> None:
+        """Write a score at once: the next arm may not come to its end."""
+        self.scores.setdefault(arm, {})[str(seed)] = score
+        _write_json(self.folder / "scores.json", self.scores)
+        how = f"{epochs} epochs" if epochs else "from the checkpoint"
+        seconds = time.perf_counter() - started
+        name = self.subject.recipe.score
+        self.console.print(f"{arm:<9} seed {seed}  {name} {score:.4f}  {how}  {seconds:.0f} s", highlight=False)
+
+    def _score(self, arm: str) -> Score:
+        return Score.of({int(seed): score for seed, score in self.scores[arm].items()})
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch on so many CPU threads; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def progress(lightning: Any, tell: Callable[[str], None]) -> Any:
+    """A callback that tells epoch, and the metrics that the module puts into its progress bar."""
+
+    class Progress(lightning.Callback):  # type: ignore[misc]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            metrics = "  ".join(f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items())
+            tell(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {metrics}")
+
+    return Progress()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    part.replace(path)
