@@ -1,0 +1,135 @@
+"""The command line: ``dyncompress plan | run | report | methods``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dyncompress import __version__
+from dyncompress.errors import DynCompressError, RecipeError
+from dyncompress.layers import get_method, list_methods
+from dyncompress.recipe import Recipe, importable, read_recipe
+
+WIDTH = 120  # columns, where there is no terminal to ask
+EPILOG = """examples:
+  dyncompress plan recipes/digits.yaml --target 33%           what would become of every layer; nothing is trained
+  dyncompress run recipes/digits.yaml --target 33% --epochs 5   compress, fine-tune, compare, report
+  dyncompress run --help                                      every key of a recipe
+  dyncompress report runs/                                    all results side by side"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Words after ``dyncompress``; those of the process by default.
+
+    Returns:
+        Exit code: 0, or 2 after an error, which is one line on standard error.
+    """
+    parser = _parser()
+    # A recipe's options are the recipe parser's business: whatever this parser does not know goes there.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command in ("report", "methods"):
+        parser.error(f"{arguments.command} does not take {' '.join(rest)}")
+    try:
+        if arguments.command == "plan":
+            _plan(rest)
+        elif arguments.command == "run":
+            _run(rest)
+        elif arguments.command == "report":
+            _report(arguments.folder, arguments.out)
+        else:
+            _console().print(_methods())
+    except DynCompressError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"dyncompress: {error}")
+        return 2
+    return 0
+
+
+def _console() -> Console:
+    """Standard output, wide enough for the tables where it is a file or a pipe."""
+    console = Console(file=sys.stdout)  # named, so that it stays the terminal while a training's output goes to a file
+    return console if console.is_terminal else Console(file=sys.stdout, width=WIDTH)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dyncompress",
+        description="Compress a trained CNN to a FLOPs target with dynamic convolutions.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dyncompress {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("plan", help="show what a target would do to a recipe's network", add_help=False)
+    commands.add_parser("run", help="run a recipe: baseline, plan, fine-tuning, evaluation, report", add_help=False)
+    report = commands.add_parser("report", help="compare the results of all runs in a folder", allow_abbrev=False)
+    report.add_argument("folder", nargs="?", default="runs", help="where runs are, at any depth (default: runs)")
+    report.add_argument("--out", default=None, help="picture of the trade-off (default: FOLDER/tradeoff.png)")
+    commands.add_parser("methods", help="list the methods and their options", allow_abbrev=False)
+    return parser
+
+
+def _plan(words: Sequence[str]) -> None:
+    from dyncompress.planning import reachable
+    from dyncompress.subject import Subject
+
+    recipe, folder = _read(words, "dyncompress plan")
+    with importable(folder):
+        subject = Subject.of(recipe)
+        network = subject.network(subject.model)
+        reach = reachable(network, subject.example, recipe.method, options=recipe.options, ignore=recipe.ignore)
+        console = _console()
+        console.print(f"reachable with {recipe.method}: {reach}", highlight=False)
+        plan = subject.plan()
+    console.print(plan.table())
+    if recipe.out:
+        plan.save(recipe.out)
+        console.print(
+            f"written to {recipe.out}; edit keep, method or options there and pass it as DynCompress(plan=...)"
+        )
+
+
+def _run(words: Sequence[str]) -> None:
+    from dyncompress.runner import run_recipe
+
+    recipe, folder = _read(words, "dyncompress run")
+    with importable(folder):
+        run_recipe(recipe, _console())
+
+
+def _read(words: Sequence[str], command: str) -> tuple[Recipe, Path]:
+    """The recipe, and the folder in which its classes are looked for."""
+    recipe = read_recipe(words, command)
+    return recipe, Path(words[0] if not words[0].startswith("-") else words[1]).parent
+
+
+def _report(folder: str, out: str | None) -> None:
+    from dyncompress.report import collect, tradeoff_plot, tradeoff_table
+
+    reports = collect(folder)
+    if not reports:
+        raise RecipeError(f"no report.json below {folder!r} - a folder of runs - run a recipe first, or name its --out")
+    console = _console()
+    console.print(tradeoff_table(reports))
+    path = tradeoff_plot(reports, out or Path(folder, "tradeoff.png"))
+    console.print(f"plotted in {path}", highlight=False)
+
+
+def _methods() -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for heading in ("method", "paper", "options"):
+        table.add_column(heading)
+    for name in list_methods():
+        method = get_method(name)
+        options = dataclasses.asdict(method)  # type: ignore[call-overload]
+        table.add_row(name, method.paper, ", ".join(f"{key}={value!r}" for key, value in options.items()))
+    return table
