@@ -8,10 +8,11 @@ products count (as in torch's `FlopCounterMode`, which gives twice these numbers
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -53,6 +54,14 @@ class Choice:
     reason: str = ""  # why it isn't simply the plan's method
 
 
+class _Cost(NamedTuple):
+    """Of layers that are built together."""
+
+    macs: int
+    params: int
+    layers: dict[str, tuple[Macs, int]]
+
+
 class CostModel:
     """Cost of a network as a function of its widths: integer arithmetic, no module is built.
 
@@ -69,7 +78,10 @@ class CostModel:
             key = (choice.share, choice.method) if choice.share else op.module
             sets.setdefault(key, []).append(op)
         self.sets = list(sets.values())
-        self._known: dict[Any, list[tuple[Macs, int]]] = {}
+        # A search asks for thousands of costs and moves one group at a time: what a set costs is kept by the widths
+        # that it depends on.
+        self._widths = [_widths_of(graph, members) for members in self.sets]
+        self._known: list[dict[Any, _Cost]] = [{} for _ in self.sets]
         self._parameters = [
             (math.prod(s for d, s in enumerate(shape) if f"{name}:{d}" not in graph.axes), extents)
             for name, shape in graph.parameters.items()
@@ -93,25 +105,31 @@ class CostModel:
 
     def layers(self, keep: Sequence[int]) -> dict[str, tuple[Macs, int]]:
         """MACs and parameters of every replaceable convolution, by name."""
-        found: dict[str, tuple[Macs, int]] = {}
-        for members in self.sets:
-            sites = [self.site(op, keep) for op in members]
-            key = tuple(sites)
-            if key not in self._known:
-                method = self.choices[members[0].module].method
-                self._known[key] = list(zip(method.macs(sites), method.params(sites), strict=True))
-            found |= zip((op.module for op in members), self._known[key], strict=True)
-        return found
+        return {name: cost for each in self._costs(keep) for name, cost in each.layers.items()}
+
+    def _costs(self, keep: Sequence[int]) -> Iterator[_Cost]:
+        for members, widths_of, known in zip(self.sets, self._widths, self._known, strict=True):
+            key = widths_of(keep)
+            if key not in known:
+                known[key] = self._cost(members, keep)
+            yield known[key]
+
+    def _cost(self, members: Sequence[Operation], keep: Sequence[int]) -> _Cost:
+        sites = [self.site(op, keep) for op in members]
+        method = self.choices[members[0].module].method
+        macs, params = method.macs(sites), method.params(sites)
+        layers = {op.module: cost for op, cost in zip(members, zip(macs, params, strict=True), strict=True)}
+        return _Cost(sum(m.total for m in macs), sum(params), layers)
 
     def macs(self, keep: Sequence[int]) -> int:
         """MACs of the whole network for one image, with ``keep[g]`` channels in group ``g``."""
         rest = sum(operation_macs(op, keep) for op in self.graph.operations if op.spec is None)
-        return rest + sum(m.total for m, _ in self.layers(keep).values())
+        return rest + sum(each.macs for each in self._costs(keep))
 
     def params(self, keep: Sequence[int]) -> int:
         """Parameters of the whole network."""
         rest = sum(n * math.prod(_size(e, keep) for e in extents) for n, extents in self._parameters)
-        return rest + sum(p for _, p in self.layers(keep).values())
+        return rest + sum(each.params for each in self._costs(keep))
 
 
 def operation_macs(op: Operation, keep: Sequence[int]) -> int:
@@ -128,6 +146,13 @@ def narrow_spec(graph: ConvGraph, op: Operation, keep: Sequence[int]) -> ConvSpe
     if groups == op.spec.in_channels and groups > 1:
         groups = out * groups // op.spec.out_channels
     return replace(op.spec, in_channels=per_group * groups, out_channels=out, groups=groups)
+
+
+def _widths_of(graph: ConvGraph, members: Sequence[Operation]) -> Callable[[Sequence[int]], Any]:
+    """Picks the widths that decide the shapes of some convolutions."""
+    extents = [_extent(graph, f"{op.weight}:{axis}") for op in members for axis in (0, 1)]
+    groups = sorted({group for _, parts in extents for group, _ in parts})
+    return itemgetter(*groups) if groups else lambda keep: ()
 
 
 def _extent(graph: ConvGraph, key: str) -> Extent:

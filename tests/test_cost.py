@@ -9,7 +9,9 @@ from torch import nn
 
 import networks
 from dyncompress.conversion import convert
-from dyncompress.cost import count_params, measure_macs
+from dyncompress.cost import CostModel, count_params, measure_macs, static_choices, widths
+from dyncompress.graph import trace
+from dyncompress.layers import Static
 from dyncompress.planning import make_plan
 
 
@@ -43,6 +45,23 @@ def test_planned_costs_are_those_of_the_network_that_is_built(network, method):
     assert plan.macs_after == measure_macs(student, x)
     assert plan.params_before == count_params(net)
     assert plan.params_after == count_params(student)
+
+
+def test_a_search_pays_only_for_the_layers_that_a_step_changes(monkeypatch):
+    """A search asks for a hundred thousand costs of a DenseNet-121; computing all of its layers took minutes."""
+    net = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 1, bias=False) for i in range(10)))
+    graph = trace(net, torch.zeros(1, 3, 4, 4))
+    model = CostModel(graph, static_choices(graph, Static()))
+    keep = widths(graph)
+    assert model.macs(keep) == 16 * (3 * 8 + 9 * 8 * 8)
+    seen = []
+    site = CostModel.site
+    monkeypatch.setattr(CostModel, "site", lambda self, op, keep: seen.append(op.module) or site(self, op, keep))
+    group = next(g for g, found in enumerate(graph.groups) if found.name == "4")
+    keep[group] = 5
+    assert model.macs(keep) == 16 * (3 * 8 + 7 * 8 * 8 + 2 * 5 * 8)
+    assert model.params(keep) == 3 * 8 + 7 * 8 * 8 + 2 * 5 * 8
+    assert seen == ["4", "5"]  # what writes these channels, and what reads them
 
 
 @pytest.mark.parametrize("method", ["static", "dynet"])
