@@ -69,12 +69,13 @@ def load(path: str | Path, net: nn.Module) -> nn.Module:
     prefix, plan = next(iter(plans.items()))
     student = convert_(deepcopy(net), plan)
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    missing = set(student.state_dict()) - set(own) - _aliases(student)
+    expected = student.state_dict()  # once: with the plan in it, it is no cheap thing to ask for
+    missing = set(expected) - set(own) - _aliases(student)
     if missing:
         raise CheckpointError(
             f"'{path}' lacks {sorted(missing)[:3]} of {type(net).__name__}; it belongs to another network"
         )
-    student.load_state_dict({k: v for k, v in own.items() if k in student.state_dict()}, strict=False)
+    student.load_state_dict({k: v for k, v in own.items() if k in expected}, strict=False)
     return student
 
 
