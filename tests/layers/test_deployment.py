@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyncompress.layers import ConvSite, ConvSpec, DyNet
+from dyncompress.layers import ConvSite, ConvSpec, DyNet, execution
 from dyncompress.layers.execution import run_as
 
 # A grouped and a pointwise convolution beside a plain one, so that all strategies run.
@@ -86,6 +86,20 @@ def test_exports_with_any_batch(strict: bool, router: Any) -> None:
         x = images(batch)
         torch.testing.assert_close(program.module()(x), net(x))
     assert net[1].handover is None or net(images(2)).shape == (2, 4, 8, 8)  # exporting left nothing behind
+
+
+def test_what_is_fast_for_one_batch_is_not_exported_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In plain torch these send one batch of 20 through chunks of one image, or through all kernels at once.
+    for large_kernel in (0, 1 << 20):
+        monkeypatch.setattr(execution, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(execution, "_SMALL_MAP", 1000)
+        monkeypatch.setattr(execution, "_LARGE_KERNEL_BYTES", large_kernel)
+        net = block().eval()
+        shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        program = torch.export.export(net, (images(20),), dynamic_shapes=shapes)
+        for batch in (1, 3, 20):
+            x = images(batch)
+            torch.testing.assert_close(program.module()(x), net(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

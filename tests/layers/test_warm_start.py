@@ -97,6 +97,13 @@ def test_atoms_are_the_most_similar_spare_filters() -> None:
     assert noise.std() > 0.2 / 4
 
 
+def test_a_dead_spare_filter_is_no_atom() -> None:
+    conv, weight = layer(ConvSpec(4, 1, (1, 1)), g=2), torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
+    conv.load_static(weight, None, spare=torch.cat([torch.zeros_like(weight), -5 * weight]))
+    atom = conv.bank[0, 1]
+    assert F.cosine_similarity(atom.flatten(), -weight.flatten(), dim=0) > 0.9
+
+
 def test_the_same_seed_gives_the_same_bank() -> None:
     weight, bias = weights(SPEC)
     banks = []
