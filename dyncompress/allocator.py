@@ -8,6 +8,9 @@ import platform
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _ALL = 2**31 - 1
 
+freed_memory_is_kept = False
+"""Whether `keep_freed_memory` took effect in this process; reports state it."""
+
 
 def keep_freed_memory() -> bool:
     """Have glibc reuse large freed blocks instead of handing them back to the kernel.
@@ -21,7 +24,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the allocator took both settings; False on other C libraries, which don't have them.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_MMAP_THRESHOLD, _ALL)) and bool(mallopt(_TRIM_THRESHOLD, _ALL))
+    global freed_memory_is_kept
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        freed_memory_is_kept = all([mallopt(setting, _ALL) for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD)])
+    return freed_memory_is_kept

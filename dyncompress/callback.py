@@ -98,7 +98,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         distill: bool | DistillConfig = True,
         module: str | None = None,
         example: Any = None,
-        allocation: str = "importance",
+        allocation: str = "uniform",
         ignore: Sequence[str] = (),
         recalibrate: int = 8,
         save_teacher: bool = False,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dyncompress import __version__
+from dyncompress.allocator import keep_freed_memory
 from dyncompress.errors import DynCompressError, RecipeError
 from dyncompress.layers import get_method, list_methods
 from dyncompress.recipe import Recipe, importable, read_recipe

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dyncompress import __version__
+from dyncompress import __version__, allocator
 
 SECRET = re.compile(r"(?i)^(-*[\w.-]*(?:key|token|secret|password)[\w-]*)(=|$)")
 
@@ -75,6 +75,8 @@ def _allocator() -> str:
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     if preloaded := os.environ.get("LD_PRELOAD"):
         settings.append(f"LD_PRELOAD={Path(preloaded).name}")
+    if allocator.freed_memory_is_kept:
+        settings.append("freed memory kept")
     return " ".join(settings) or "default"
 
 

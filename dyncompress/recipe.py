@@ -68,7 +68,7 @@ class Recipe:
     target: str | float
     method: str = "dynet"
     options: dict[str, Any] = field(default_factory=dict)
-    allocation: str = "importance"
+    allocation: str = "uniform"
     ignore: tuple[str, ...] = ()
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: Baseline = field(default_factory=Baseline)

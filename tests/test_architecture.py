@@ -13,9 +13,9 @@ ORDER = """
     errors
     layers.spec layers.method layers.execution layers.router layers.static layers.dynet layers
     labels narrowing propagation movement rules graph cost importance budget plan allocation conversion folding
-    distillation latency evaluation planning plotting provenance arms report tracking bundle checkpoint
+    distillation latency evaluation planning plotting allocator provenance arms report tracking bundle checkpoint
     host student restoring patch inputs teaching callback
-    recipe subject loggers runner allocator cli __main__
+    recipe subject loggers runner cli __main__
 """.split()
 HOST = "callback"  # the first module that may know Lightning or W&B; those above it work on any torch network
 HOSTS = {"lightning", "pytorch_lightning", "wandb"}
