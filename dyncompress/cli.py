@@ -103,6 +103,7 @@ def _run(words: Sequence[str]) -> None:
     from dyncompress.runner import run_recipe
 
     recipe, folder = _read(words, "dyncompress run")
+    keep_freed_memory()
     with importable(folder):
         run_recipe(recipe, _console())
 
