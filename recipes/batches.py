@@ -73,4 +73,4 @@ class Batches:
         if self.flip:
             mirrored = torch.rand(batch, 1, 1, 1, generator=random) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
-        return images
+        return images.contiguous(memory_format=torch.channels_last)  # convolutions on a CPU train up to a third faster
