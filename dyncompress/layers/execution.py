@@ -10,6 +10,7 @@ single     one plain convolution                                        batch 1
 bmm        one matrix product per image                                 1x1, stride 1, no padding, no groups
 grouped    the batch as groups of one convolution                       otherwise
 features   all kernels of the bank on every image, then the mix         large kernels on small maps; batch 0
+scan       a loop in the graph, one plain convolution per image         never by itself: for ONNX (:func:`run_as`)
 ========== ============================================================ =====================================
 """
 
@@ -28,7 +29,7 @@ from dyncompress.layers.spec import ConvSpec
 
 __all__ = ["Strategy", "assemble", "choose", "dynamic_conv", "full_precision", "run_as"]
 
-Strategy = Literal["single", "grouped", "bmm", "features"]
+Strategy = Literal["single", "grouped", "bmm", "features", "scan"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -107,7 +108,8 @@ def dynamic_conv(
 def run_as(strategy: Strategy) -> Iterator[None]:
     """Within the context every dynamic convolution of the process runs as told, as an export may need.
 
-    ``"features"`` holds no tensor whose shape depends on the batch but activations, so any exporter takes it.
+    ONNX fixes the number of groups, and with ``"grouped"`` the batch size. Two strategies leave it open: ``"scan"``
+    (same work; a recent torch) and ``"features"`` (g times the work; any torch, any exporter).
     """
     global _forced
     before, _forced = _forced, strategy
@@ -142,8 +144,10 @@ def _chunk(bank: Tensor) -> int:
 
 
 def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    if strategy == "bmm":
+    if strategy == "bmm" or (strategy == "scan" and spec.is_pointwise):  # a matrix product needs no loop
         return _pointwise(x, kernels, bias)
+    if strategy == "scan":
+        return _scan(x, kernels, bias, spec)
     if strategy == "single":
         return _convolve(x, kernels[0], bias, spec, spec.groups)
     return _grouped(x, kernels, bias, spec)
@@ -177,6 +181,17 @@ def _pointwise(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         out = out + bias.to(out.dtype).unsqueeze(1)
     return out.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def _scan(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    from torch._higher_order_ops.scan import scan  # no public name yet, and slow to import
+
+    def convolve(carry: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        image, kernel = pair
+        return carry.clone(), _convolve(image.unsqueeze(0), kernel, bias, spec, spec.groups).squeeze(0)
+
+    out: Tensor = scan(convolve, x.new_zeros(()), (x, kernels))[1]
+    return out
 
 
 def _features(x: Tensor, bank: Tensor, eta: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncompress.layers import ConvSite, ConvSpec, DyNet, execution
-from dyncompress.layers.execution import run_as
+from dyncompress.layers.execution import Strategy, run_as
 
 # A grouped and a pointwise convolution beside a plain one, so that all strategies run.
 SPECS = [
@@ -102,33 +101,38 @@ def test_what_is_fast_for_one_batch_is_not_exported_for_all(monkeypatch: pytest.
             torch.testing.assert_close(program.module()(x), net(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("example", "dynamic", "context", "batches"),
-    [
-        (1, False, nullcontext(), [1]),
-        (4, False, nullcontext(), [4]),
-        (4, True, run_as("features"), [1, 3, 4, 7]),
-    ],
-    ids=["one", "four", "any"],
-)
-def test_runs_in_onnxruntime(
-    example: int, dynamic: bool, context: AbstractContextManager[None], batches: list[int], tmp_path: Path
-) -> None:
+def onnx_session(net: nn.Module, example: Tensor, file: Path, **options: Any) -> tuple[Any, list[str]]:
+    """The exported network in onnxruntime, and its operators in order."""
     pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    onnx = pytest.importorskip("onnx")
-    net, file = block().eval(), str(tmp_path / "block.onnx")
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
-    with context:
-        torch.onnx.export(net, (images(example),), file, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    operators = [node.op_type for node in onnx.load(file).graph.node]
-    # A pointwise convolution of several images is a matrix product; all else are convolutions.
-    assert operators.count("Conv") == (2 if example > 1 and not dynamic else 3)
-    session = runtime.InferenceSession(file)
-    for batch in batches:
-        x = images(batch)
-        (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(result), net(x), atol=1e-5, rtol=1e-5)
+    runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    torch.onnx.export(net, (example,), str(file), dynamo=True, verbose=False, **options)
+    return runtime.InferenceSession(str(file)), [node.op_type for node in onnx.load(str(file)).graph.node]
+
+
+def assert_runs(session: Any, net: nn.Module, batch: int) -> None:
+    x = images(batch)
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), net(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "convolutions"), [(1, 3), (4, 2)])  # 1x1 is a matrix product for several images
+def test_onnx_with_one_batch_size(batch: int, convolutions: int, tmp_path: Path) -> None:
+    net = block().eval()
+    session, operators = onnx_session(net, images(batch), tmp_path / "block.onnx")
+    assert operators.count("Conv") == convolutions
+    assert_runs(session, net, batch)
+
+
+@pytest.mark.parametrize(("strategy", "operator", "count"), [("features", "Conv", 3), ("scan", "Scan", 2)])
+def test_onnx_with_any_batch_size(strategy: Strategy, operator: str, count: int, tmp_path: Path) -> None:
+    if strategy == "scan":
+        pytest.importorskip("torch._higher_order_ops.scan")
+    net, shapes = block().eval(), ({0: torch.export.Dim("batch")},)
+    with torch.no_grad(), run_as(strategy):
+        session, operators = onnx_session(net, images(4), tmp_path / "block.onnx", dynamic_shapes=shapes)
+    assert operators.count(operator) == count
+    for batch in (1, 3, 4, 7):
+        assert_runs(session, net, batch)
 
 
 WORKERS = """

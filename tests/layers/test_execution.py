@@ -87,6 +87,14 @@ def test_a_matrix_product_equals_the_loop(bias: bool) -> None:
         assert_equals_loop(spec, "bmm", given)
 
 
+@pytest.mark.parametrize("spec", [POINTWISE, SPECS[1], SPECS[2]], ids=str)
+def test_a_scan_equals_the_loop(spec: ConvSpec) -> None:
+    pytest.importorskip("torch._higher_order_ops.scan")
+    given = tensors(spec, batch=3)
+    with torch.no_grad():
+        torch.testing.assert_close(run(spec, "scan", given), loop(spec, given), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("spec", [SPECS[1], POINTWISE], ids=str)
 def test_chunks_equal_the_loop(spec: ConvSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     # Kernels of 6 * 4 * 9 * 4 = 864 (or 96) bytes an image: 2000 bytes hold 2 (or 20), and 25 leave a rest.
