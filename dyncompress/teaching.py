@@ -59,32 +59,30 @@ class Watch:
         self._features: dict[str, Tensor] = {}
         # One and the same hook in every step, and opaque: a compiler around the step would trace each new one anew.
         self._hook = torch.compiler.disable(self._look)
+        # A LightningModule's step may say self.forward(x), which no hook sees; a compiled step must not see a patch.
+        self._by_forward = hasattr(network, "training_step") and getattr(network, "_compiler_ctx", None) is None
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """Watch until the context ends; hooks come and go with it."""
-        inner = bare(self._network)
-        compiled = vars(inner).get("_compiled_call_impl")
-        with ExitStack() as stack:
-            self._features = stack.enter_context(recorded(inner, self._names))
-            if compiled is None:
-                hook = self._network.register_forward_hook(self._hook, with_kwargs=True)
-                stack.callback(hook.remove)
-            else:  # network.compile() traces hooks into its graph, where they would stay: look from outside of it
+        with recorded(bare(self._network), self._names) as self._features, ExitStack() as stack:
+            if self._by_forward:
 
-                def call(*args: Any, **kwargs: Any) -> Any:
-                    answer = compiled(*args, **kwargs)
-                    self._look(inner, args, kwargs, answer)
+                def forward(*args: Any, **kwargs: Any) -> Any:
+                    answer = patch.original(*args, **kwargs)
+                    self._look(self._network, args, kwargs, answer)
                     return answer
 
-                inner._compiled_call_impl = call
-                stack.callback(setattr, inner, "_compiled_call_impl", compiled)
+                patch = Patch(self._network, "forward", forward)
+                stack.callback(patch.undo)
+            else:
+                stack.callback(self._network.register_forward_hook(self._hook, with_kwargs=True).remove)
             yield
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
         features = dict(self._features)
         self._features.clear()
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(answer)):
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(answer)):
             self.forwards.append(Forward(args, kwargs, _kept(answer), features))
 
 

@@ -93,7 +93,8 @@ def test_data_that_is_opened_later_is_waited_for() -> None:
     assert plan_of(module.net) is not None
 
 
-def test_the_module_itself_may_be_the_network() -> None:
+@pytest.mark.parametrize("call", ["self(x)", "self.forward(x)"])
+def test_the_module_itself_may_be_the_network(call: str) -> None:
     class Whole(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -104,7 +105,8 @@ def test_the_module_itself_may_be_the_network() -> None:
             return self.linear(F.relu(self.conv2(F.relu(self.conv1(x)))).mean((2, 3)))
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return F.cross_entropy(self(batch[0]), batch[1])
+            logits = self(batch[0]) if call == "self(x)" else self.forward(batch[0])
+            return F.cross_entropy(logits, batch[1])
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -115,6 +117,7 @@ def test_the_module_itself_may_be_the_network() -> None:
     assert plan_of(module) is not None
     assert module.conv2.out_channels < 32
     assert host.callback_metrics["distill/loss"] > 0
+    assert "forward" not in vars(module)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, at a graph break

@@ -45,6 +45,21 @@ def test_between_steps_the_module_has_no_hook_and_no_graph() -> None:
     assert len(list(lit.parameters())) == parameters
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_what_a_skipped_step_ran_is_forgotten() -> None:
+    def step(lit: Any, x: Tensor, y: Tensor, runs: bool) -> Tensor | None:
+        lit.net.eval()
+        if lit.trainer.fit_loop.batch_idx == 1:
+            return plain(lit, x, y)
+        if runs:
+            lit.net(x + 1)
+        return None
+
+    terms = [run(Lit(lambda lit, x, y, runs=runs: step(lit, x, y, runs)), steps=2).logged for runs in (False, True)]
+    assert terms[0] == terms[1]
+    assert len(terms[0]) == 1
+
+
 def test_the_users_code_runs_without_the_patch() -> None:
     seen = []
 
