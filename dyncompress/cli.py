@@ -15,7 +15,7 @@ from dyncompress import __version__
 from dyncompress.allocator import keep_freed_memory
 from dyncompress.errors import DynCompressError, RecipeError
 from dyncompress.layers import get_method, list_methods
-from dyncompress.recipe import Recipe, importable, read_recipe
+from dyncompress.recipe import read_recipe
 
 WIDTH = 120  # columns, where there is no terminal to ask
 EPILOG = """examples:
@@ -83,35 +83,26 @@ def _plan(words: Sequence[str]) -> None:
     from dyncompress.planning import reachable
     from dyncompress.subject import Subject
 
-    recipe, folder = _read(words, "dyncompress plan")
-    with importable(folder):
-        subject = Subject.of(recipe)
-        network = subject.network(subject.model)
-        reach = reachable(network, subject.example, recipe.method, options=recipe.options, ignore=recipe.ignore)
-        console = _console()
-        console.print(f"reachable with {recipe.method}: {reach}", highlight=False)
-        plan = subject.plan()
+    recipe = read_recipe(words, "dyncompress plan")
+    subject = Subject.of(recipe)
+    network = subject.network(subject.model)
+    reach = reachable(network, subject.example, recipe.method, options=recipe.options, ignore=recipe.ignore)
+    console = _console()
+    console.print(f"reachable with {recipe.method}: {reach}", highlight=False)
+    plan = subject.plan()
     console.print(plan.table())
     if recipe.out:
         plan.save(recipe.out)
-        console.print(
-            f"written to {recipe.out}; edit keep, method or options there and pass it as DynCompress(plan=...)"
-        )
+        edit = "edit keep, method or options there and pass it as DynCompress(plan=...)"
+        console.print(f"written to {recipe.out}; {edit}", highlight=False)
 
 
 def _run(words: Sequence[str]) -> None:
     from dyncompress.runner import run_recipe
 
-    recipe, folder = _read(words, "dyncompress run")
+    recipe = read_recipe(words, "dyncompress run")
     keep_freed_memory()
-    with importable(folder):
-        run_recipe(recipe, _console())
-
-
-def _read(words: Sequence[str], command: str) -> tuple[Recipe, Path]:
-    """The recipe, and the folder in which its classes are looked for."""
-    recipe = read_recipe(words, command)
-    return recipe, Path(words[0] if not words[0].startswith("-") else words[1]).parent
+    run_recipe(recipe, _console())
 
 
 def _report(folder: str, out: str | None) -> None:

@@ -45,6 +45,7 @@ class Recipe:
     Args:
         model: The LightningModule: class_path and init_args (--model.NAME VALUE sets one of them).
         data: The LightningDataModule, likewise (--data.NAME VALUE).
+        module: Name of the network in the LightningModule, where there are several.
         target: What the student may cost: 33%, 0.33, 1.2G, "350k params", "60% latency".
         method: What its convolutions become; `dyncompress methods` lists the names.
         options: Options of the method.
@@ -60,6 +61,7 @@ class Recipe:
         threads: CPU threads of torch; 0 leaves the choice to torch. Small networks are faster with 1.
         wandb: Project in Weights & Biases; null keeps W&B out. Offline unless a key is set.
         name: What the report calls it; the file's name when empty.
+        folder: Where classes are looked for first; the file's folder when empty.
         out: Folder of the results; runs/NAME/TIME when empty. A run that was cut short goes on in its folder.
     """
 
@@ -78,8 +80,10 @@ class Recipe:
     control: bool = True
     trainer: dict[str, Any] = field(default_factory=dict)
     threads: int = 0
+    module: str | None = None
     wandb: str | None = "dyncompress"
     name: str = ""
+    folder: str = ""
     out: str = ""
 
     def __post_init__(self) -> None:
@@ -127,9 +131,11 @@ def read_recipe(words: Sequence[str], prog: str = "dyncompress run") -> Recipe:
     if not words:
         raise RecipeError(f"no recipe is given - the path of a YAML file - such as {prog} recipes/digits.yaml")
     if not words[0].startswith("-"):
-        words.insert(0, "--config")
+        words[:1] = ["--config", words[0]]
+    elif words[0].startswith("--config="):
+        words[:1] = words[0].split("=", 1)
     parser = recipe_parser(prog)
-    path = words[1] if words[:1] == ["--config"] and len(words) > 1 else ""
+    path = words[1] if words[0] == "--config" and len(words) > 1 else ""
     if path:
         check_keys(_load(path), Recipe, f"{path}: ")
     for word in words:
@@ -140,7 +146,7 @@ def read_recipe(words: Sequence[str], prog: str = "dyncompress run") -> Recipe:
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path or 'recipe'}: {reason} - see {prog} --help") from None
-    return _from_namespace(parsed, Path(path).stem)
+    return _from_namespace(parsed, Path(path))
 
 
 def check_keys(values: object, kind: type, where: str) -> None:
@@ -191,13 +197,15 @@ def suggest(key: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """The classes of a recipe may live beside its YAML file."""
-    sys.path.insert(0, str(folder.resolve()))
+def importable(folder: str) -> Iterator[None]:
+    """Modules of a folder can be imported, before those of the same name elsewhere; "" adds nothing."""
+    entries = [str(Path(folder).resolve())] if folder else []
+    sys.path[:0] = entries
     try:
         yield
     finally:
-        sys.path.remove(str(folder.resolve()))
+        for entry in entries:
+            sys.path.remove(entry)
 
 
 def _import_class(path: str, what: str) -> type:
@@ -235,13 +243,14 @@ def _nested(dotted: str) -> dict[str, Any]:
     return {key: _nested(rest) if rest else None}
 
 
-def _from_namespace(parsed: Namespace, name: str) -> Recipe:
+def _from_namespace(parsed: Namespace, path: Path) -> Recipe:
     values = parsed.as_dict()
     values.pop("config", None)
     for key, kind in get_type_hints(Recipe).items():
         if isinstance(kind, type) and is_dataclass(kind):
             values[key] = kind(**values[key])
     for key in ("model", "data"):  # what stands beside init_args (--data.root X) belongs into it
-        path, given, short = values[key].pop("class_path", None), values[key].pop("init_args", {}), values[key]
-        values[key] = {"class_path": path, "init_args": {**given, **short}}
-    return Recipe(**{**values, "name": values["name"] or name})
+        cls, given, short = values[key].pop("class_path", None), values[key].pop("init_args", {}), values[key]
+        values[key] = {"class_path": cls, "init_args": {**given, **short}}
+    named = {"name": values["name"] or path.stem, "folder": values["folder"] or str(path.parent)}
+    return Recipe(**{**values, **named})

@@ -30,13 +30,13 @@ from dyncompress.evaluation import bank_bytes
 from dyncompress.latency import measure_latency
 from dyncompress.loggers import LOGS, run_loggers, wandb_mode
 from dyncompress.plan import Plan
-from dyncompress.recipe import Recipe
+from dyncompress.recipe import Recipe, importable
 from dyncompress.report import Report
 from dyncompress.subject import Subject, quiet
 from dyncompress.tracking import log_report
 
 # May differ from those that a folder was begun with: where results go and what they are called, and more seeds.
-FREE = ("out", "name", "wandb", "seeds")
+FREE = ("out", "name", "folder", "wandb", "seeds")
 
 
 def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
     subject = Subject.of(recipe)
     subject.plans()  # at the untrained weights: to fail now, if at all, and not after the training
     run = Run.begin(subject, console)
-    with quiet(subject.lightning), torch_threads(recipe.threads):
+    with importable(recipe.folder), quiet(subject.lightning), torch_threads(recipe.threads):
         run.original()
         plans = run.plans()
         missing = run.missing(plans)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from dyncompress.checkpoint import load_weights
@@ -18,7 +19,7 @@ from dyncompress.errors import RecipeError
 from dyncompress.host import find_network
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
-from dyncompress.recipe import Recipe, build, suggest
+from dyncompress.recipe import Recipe, build, importable, suggest
 
 # What the recipe decides itself, and where.
 RESERVED = {"max_epochs": "epochs and baseline.epochs", "logger": "wandb", "callbacks": "distill and method"}
@@ -59,13 +60,13 @@ class Subject:
         Raises:
             RecipeError: If a class, an argument, the checkpoint, the data or the score does not exist.
         """
-        model = build(recipe.model, "model")
+        torch.manual_seed(recipe.seeds[0])
+        with importable(recipe.folder):
+            model, data = build(recipe.model, "model"), build(recipe.data, "data")
         lightning = lightning_of(model)
         _check_trainer(recipe, lightning)
         with quiet(lightning):
-            lightning.seed_everything(recipe.seeds[0], verbose=False)
-            data = build(recipe.data, "data")
-            path, network = find_network(model)
+            path, network = find_network(model, recipe.module)
             if recipe.baseline.checkpoint:
                 load_weights(network, recipe.baseline.checkpoint, prefix=path and f"{path}.")
             untried = cls(recipe, lightning, model, data, path, None)

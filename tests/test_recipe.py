@@ -35,6 +35,7 @@ def test_what_the_file_leaves_out_has_a_default(written: Any) -> None:
         data={"class_path": "digits.DigitsData", "init_args": {}},
         target="33%",
         name="mine",
+        folder=str(Path(written(MINIMAL)).parent),
     )
     assert (recipe.seeds, recipe.distill, recipe.baseline) == ((0, 1, 2), DistillConfig(), Baseline())
 
@@ -53,7 +54,9 @@ def test_any_value_can_be_changed_on_the_command_line(written: Any) -> None:
 
 def test_config_is_the_long_form_of_the_path(written: Any) -> None:
     path = written(MINIMAL)
-    assert read_recipe(["--config", path, "--epochs", "2"]) == read_recipe([path, "--epochs", "2"])
+    expected = read_recipe([path, "--epochs", "2"])
+    assert read_recipe(["--config", path, "--epochs", "2"]) == expected
+    assert read_recipe([f"--config={path}", "--epochs", "2"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,9 @@ def test_a_component_that_cannot_be_built_says_why(component: dict[str, Any], me
 def test_classes_beside_the_recipe_are_found_while_it_runs(tmp_path: Path) -> None:
     (tmp_path / "beside_the_recipe.py").write_text("class Thing:\n    pass\n", "utf-8")
     before = list(sys.path)
-    with importable(tmp_path):
+    with importable(""):
+        assert sys.path == before
+    with importable(str(tmp_path)):
         assert type(build({"class_path": "beside_the_recipe.Thing"}, "model")).__name__ == "Thing"
     assert sys.path == before
 

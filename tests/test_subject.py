@@ -32,6 +32,25 @@ def test_a_subject_knows_its_network_and_what_it_is_fed() -> None:
     assert subject.lightning.__name__ == "pytorch_lightning"
 
 
+def test_the_first_seed_decides_the_weights_that_training_starts_from() -> None:
+    def start(*seeds: int) -> torch.Tensor:
+        torch.rand(1)
+        return Subject.of(replace(RECIPE, seeds=seeds)).model.net.conv.weight
+
+    assert torch.equal(start(3, 4), start(3)) and not torch.equal(start(4), start(3))
+
+
+def test_one_of_several_networks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "class Two(Digits):\n    def __init__(self):\n        super().__init__()\n        self.spare = DigitsNet()\n"
+    write(tmp_path, monkeypatch, "two_networks", code)
+    recipe = replace(RECIPE, model={"class_path": "two_networks.Two"})
+    with pytest.raises(TraceError, match=r"several networks.*net, spare"):
+        Subject.of(recipe)
+    assert Subject.of(replace(recipe, module="net")).path == "net"
+    with pytest.raises(TraceError, match="'nett'"):
+        Subject.of(replace(recipe, module="nett"))
+
+
 def test_student_and_control_cost_the_same() -> None:
     plans = Subject.of(RECIPE).plans()
     assert list(plans) == ["static", "student"]
