@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dyncompress.checkpoint import network_at, read_plan, stated_plan
+from dyncompress.checkpoint import SHARDED, network_at, read_plan, stated_plan
 from dyncompress.conversion import plan_of, plans_in
 from dyncompress.errors import CheckpointError
 from dyncompress.host import bare, copy_holder, find_network
@@ -80,7 +80,7 @@ def refuse_other_plan(trainer: Any, module: nn.Module, path: Any, **_: Any) -> N
     Raises:
         CheckpointError: If the checkpoint at ``path`` holds another plan than the module, or none.
     """
-    if Path(path).exists():  # else it is remote, or missing, and Lightning will say so
+    if Path(path).is_file() or Path(path, SHARDED).is_file():  # else remote, missing, or of a format of its own
         plan = read_plan(path)
         if not _same(plan_of(module), plan):
             raise CheckpointError(_too_late(plan, _split_by(trainer)))

@@ -129,6 +129,9 @@ class TaughtStep:
         self._patch.undo()
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # the user's validation_step calls it
+            with self._patch.lifted() as step:
+                return step(*args, **kwargs)
         automatic = self._module.automatic_optimization
         try:
             with ExitStack() as stack:

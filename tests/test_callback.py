@@ -70,7 +70,7 @@ def test_it_converts_as_make_plan_and_convert_do() -> None:
     module = Classifier()
     original = deepcopy(module.net)
     fit(module, DynCompress(0.5, method="dynet", options={"g": 2}, recalibrate=0, seed=7), limit_train_batches=0)
-    plan = make_plan(original, EXAMPLE, 0.5, "dynet", options={"g": 2}, allocation="importance")
+    plan = make_plan(original, EXAMPLE, 0.5, "dynet", options={"g": 2})
     expected = convert(original, plan, seed=7)
     assert equal(module.net, weights(expected))
 

@@ -23,7 +23,7 @@ from tests.classifiers import Net, classifier, loader, trainer
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 Classifier = classifier()
-PLAN = make_plan(Net(), torch.zeros(1, 3, 8, 8), "50%", allocation="importance")
+PLAN = make_plan(Net(), torch.zeros(1, 3, 8, 8), "50%")
 
 
 def compressed(package: str = PACKAGES[0], **options: Any) -> tuple[Any, Any]:

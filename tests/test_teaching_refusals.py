@@ -73,6 +73,18 @@ def test_the_users_code_runs_without_the_patch() -> None:
     assert "training_step" in vars(lit)  # nobody undid it here
 
 
+def test_a_validation_step_may_call_it() -> None:
+    class Shared(Lit):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+    lit, teach = Shared(), Teach(DistillConfig())
+    calls = []
+    teach.teacher.network.register_forward_hook(lambda *_: calls.append(1))
+    trainer(callbacks=[teach], limit_train_batches=2).fit(lit, loader(), loader(3))
+    assert len(calls) == 2  # of the two training steps
+
+
 def test_undone_it_is_the_users_step() -> None:
     lit = Lit()
     TaughtStep(lit, lit.net, make_teacher(), DistillConfig()).undo()
