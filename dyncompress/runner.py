@@ -218,14 +218,18 @@ class Run:
 
     def _train(self, arm: str, seed: int, module: Any, epochs: int, callbacks: list[Any], loggers: list[Any]) -> float:
         """Train a module and give its score."""
-        subject, label = self.subject, f"{arm:<9} seed {seed}"
+        subject, label, started = self.subject, f"{arm:<9} seed {seed}", time.perf_counter()
+
+        def tell(text: str) -> None:
+            status.update(f"{label}  {text}  {time.perf_counter() - started:.0f} s")
+
         # What a training prints goes to a file beside its metrics: the terminal has one line per training.
         printed = self.folder / LOGS / f"{arm}-seed{seed}.txt"
         printed.parent.mkdir(exist_ok=True)
         with printed.open("w", encoding="utf-8") as file, redirect_stdout(file), self.console.status(label) as status:
             subject.lightning.seed_everything(seed, verbose=False)
-            told = progress(subject.lightning, lambda text: status.update(f"{label}  {text}"))
-            trainer = subject.trainer(max_epochs=epochs, logger=loggers, callbacks=[*callbacks, told])
+            watch = progress(subject.lightning, tell)
+            trainer = subject.trainer(max_epochs=epochs, logger=loggers, callbacks=[*callbacks, watch])
             trainer.fit(module, subject.data)
             if trainer.interrupted:  # some releases of Lightning return after Ctrl-C as if all were well
                 raise KeyboardInterrupt
