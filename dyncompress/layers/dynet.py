@@ -72,13 +72,13 @@ class DyNet:
     placement: Literal["auto", "all"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.g < 1:
-            raise DynCompressError(f"g {self.g} is no number of kernels: give at least 2 (1 leaves every layer static)")
+        if not isinstance(self.g, int) or self.g < 1:
+            raise DynCompressError(f"g {self.g!r} is no number of kernels: give 2 or more (1 leaves layers static)")
         if self.router not in ("block", "layer"):
             raise DynCompressError(f"router {self.router!r} is unknown: choose 'block' or 'layer'")
-        if self.reduction < 0:
+        if not isinstance(self.reduction, int) or self.reduction < 0:
             raise DynCompressError(
-                f"reduction {self.reduction} is negative: give 0 for one linear layer, or a divisor such as 4"
+                f"reduction {self.reduction!r} is no divisor of channels: give one such as 4, or 0 for one linear layer"
             )
         if self.placement not in ("auto", "all"):
             raise DynCompressError(f"placement {self.placement!r} is unknown: choose 'auto' or 'all'")
@@ -211,10 +211,10 @@ class DyNetConv(DynamicConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
-        if x.ndim != self.spec.ndim + 2:
+        if x.ndim != self.spec.ndim + 2 or x.shape[1] != self.spec.in_channels:
             raise DynCompressError(
-                f"input has shape {tuple(x.shape)}; a {self.spec.ndim}-d dynamic convolution takes [B, "
-                f"{self.spec.in_channels}] and {self.spec.ndim} spatial sizes: give a batch"
+                f"input has shape {tuple(x.shape)}; this layer ({self.spec}) takes a batch of "
+                f"{self.spec.in_channels} channels and {self.spec.ndim} spatial dimensions: reshape it"
             )
         return dynamic_conv(x, self.bank, self.coefficients(x), self.bias, self.spec)
 
@@ -253,11 +253,11 @@ class DyNetConv(DynamicConv):
         logits[0] = _ANCHOR_LOGIT
         self.router.bias.copy_(logits.repeat(self.spec.out_channels))
 
-        weight = weight.to(self.bank.device, torch.float64)
+        weight = weight.to("cpu", torch.float64)  # not every device knows fp64
         self.bank[:, 1:].copy_(_atoms(weight, spare, self.g - 1, generator))
         # Computed from the stored atoms, so that their rounding to the bank's dtype is made up for.
-        eta = torch.sigmoid(logits.double()).to(weight.device)
-        rest = torch.einsum("i,ti...->t...", eta[1:], self.bank[:, 1:].double())
+        eta = torch.sigmoid(logits.double())
+        rest = torch.einsum("i,ti...->t...", eta[1:], self.bank[:, 1:].to(weight))
         self.bank[:, 0].copy_((weight - rest) / eta[0])
         if self.bias is not None:
             self.bias.copy_(bias if bias is not None else torch.zeros_like(self.bias))

@@ -149,7 +149,7 @@ def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, sp
     if strategy == "scan":
         return _scan(x, kernels, bias, spec)
     if strategy == "single":
-        return _convolve(x, kernels[0], bias, spec, spec.groups)
+        return _convolve(x, kernels.squeeze(0), bias, spec, spec.groups)
     return _grouped(x, kernels, bias, spec)
 
 

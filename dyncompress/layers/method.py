@@ -24,6 +24,9 @@ __all__ = ["DynamicConv", "Method", "get_method", "list_methods", "register_meth
 class Method(Protocol):
     """A way to replace convolutions, as a frozen dataclass of options.
 
+    Its layers keep the contract of ``tests/layers/test_contract.py``; where one cannot keep a clause, the method says
+    why in a class attribute ``exceptions``, {clause: reason}.
+
     Attributes:
         name: Registered name, set by :func:`register_method`.
         paper: Where the method is from; empty when it is no invention.

@@ -179,7 +179,7 @@ def test_depthwise_stays_static_unless_told_otherwise() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"g": 0}, {"router": "net"}, {"reduction": -1}, {"placement": "none"}],
+    [{"g": 0}, {"g": "4"}, {"router": "net"}, {"reduction": -1}, {"reduction": 0.5}, {"placement": "none"}],
     ids=lambda options: next(iter(options)),
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
@@ -228,9 +228,10 @@ def test_no_site_costs_and_builds_nothing() -> None:
 # The rest
 
 
-def test_an_input_without_a_batch_is_refused() -> None:
-    with pytest.raises(DynCompressError, match=r"input has shape \(8, 6, 6\)"):
-        layer()(torch.zeros(8, 6, 6))
+@pytest.mark.parametrize("shape", [(8, 6, 6), (2, 4, 6, 6), (2, 8, 6)])
+def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DynCompressError, match=r"input has shape .*takes a batch of 8 channels and 2 spatial"):
+        layer()(torch.zeros(shape))
 
 
 def test_repr_says_what_it_is() -> None:

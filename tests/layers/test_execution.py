@@ -79,6 +79,12 @@ def test_one_sample_equals_the_loop(spec: ConvSpec) -> None:
     assert_equals_loop(spec, None, given)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_one_kernel_for_several_samples_is_refused(spec: ConvSpec) -> None:
+    with pytest.raises(RuntimeError, match="dimension"):
+        run(spec, "single", tensors(spec, batch=2))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_matrix_product_equals_the_loop(bias: bool) -> None:
     for spec in (ConvSpec(6, 4, (1, 1), bias=bias), ConvSpec(6, 4, (1,), bias=bias)):
