@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 VERSION = 1
 WIDTH = 100  # columns of the text form
 TOLERANCE = 0.01  # of the target: what a planner reaches when widths come in steps
-TABLE_STYLE: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0), "pad_edge": False, "header_style": "dim"}
+TABLE_STYLE: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False, "header_style": "dim"}
 ARMS = ("original", "static", "student")
 
 KEY = "Bars: one sample standard deviation. Faint dots: single seeds."
@@ -133,17 +133,17 @@ class Report:
         return rows
 
     def table(self) -> Table:
-        """The arms as a table for a terminal of 100 columns."""
+        """The arms as a table that fits a terminal of 80 columns."""
         from rich.table import Table
 
         title = self._title()
         width = min(len(title), WIDTH)  # a narrow table would break its title
         table = Table(title=title, title_justify="left", title_style="bold", min_width=width, **TABLE_STYLE)
-        table.add_column("network", overflow="fold")  # where space is short a name breaks, a number never
+        table.add_column("network", overflow="fold", min_width=8)  # where space is short a name breaks, a number never
         for heading in (self.score_name + " %" * self._percent(), "seeds", "MACs", "params", "banks"):
             table.add_column(heading, justify="right", no_wrap=True)
         for size in self._batch_sizes():
-            table.add_column(f"ms, batch {size}", justify="right", no_wrap=True)
+            table.add_column(f"ms\nbatch {size}", justify="right", no_wrap=True)
         for name, arm in self.arms.items():
             table.add_row(
                 arm.method if name == "student" else name,

@@ -165,7 +165,7 @@ def test_the_control_itself_is_not_compared_with_a_control() -> None:
 def test_text_shows_asked_and_achieved_and_fits_a_terminal() -> None:
     lines = str(REPORT).splitlines()
     assert lines[0].strip() == "digits with dynet: asked 33%, achieved 33.1% of the original's MACs"
-    cells = {line.split()[0]: line.split()[1:] for line in lines[2:5]}
+    cells = {line.split()[0]: line.split()[1:] for line in lines[3:6]}
     assert cells["original"] == "97.50 ±0.71 2 1M 100.0% 50k 1.00x - 2 1.00x 40 1.00x".split()
     assert cells["static"] == "92.00 ±2.00 3 330k 33.0% 17k 0.34x - 1.2 0.60x 16 0.40x".split()
     assert cells["dynet"] == "96.00 ±1.00 3 331k 33.1% 40k 0.80x 120kB 1.2 0.60x 16 0.40x".split()
@@ -174,6 +174,14 @@ def test_text_shows_asked_and_achieved_and_fits_a_terminal() -> None:
         replace(STUDENT, method="kernelwarehouse", macs=331_234_567, params=40_123_456, bank_bytes=123_456_789),
     )
     assert not [line for line in str(wide).splitlines() if "…" in line or len(line) > 100]
+
+
+def test_a_terminal_of_80_columns_shows_every_name() -> None:
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(REPORT.table())
+    names = [line.split()[0] for line in capture.get().splitlines()[3:]]
+    assert names == ["original", "static", "dynet"]
 
 
 def test_text_carries_the_notes() -> None:
