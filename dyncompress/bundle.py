@@ -204,7 +204,7 @@ def _export_onnx(net: nn.Module, path: Path, example: Any) -> None:
 
 def _export_program(net: nn.Module, path: Path, example: Any) -> None:
     args, kwargs = as_call(_batch(example, 2))
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=1 << 16)  # torch 2.4 wants a bound
     shapes = tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.dim() else None, (args, kwargs))
     with torch.no_grad():
         program = torch.export.export(net, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()))
