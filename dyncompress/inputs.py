@@ -162,24 +162,15 @@ def _door(network: nn.Module) -> Iterator[None]:
 
         return stop
 
-    parts = [(name, part) for name, part in inner.named_modules() if part is not inner and has_convolutions(part)]
-    handles = [m.register_forward_pre_hook(enter, prepend=True, with_kwargs=True) for m in {network, inner}]
-    handles += [part.register_forward_pre_hook(bypass(name)) for name, part in parts]
-    compiled = vars(inner).get("_compiled_call_impl")  # set by network.compile(); it would trace the hooks
-    patch = None
-    try:
+    with ExitStack() as stack:
+        for called in {network, inner}:
+            stack.callback(called.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
+        for name, part in inner.named_modules():
+            if part is not inner and has_convolutions(part):
+                stack.callback(part.register_forward_pre_hook(bypass(name)).remove)
         if hasattr(inner, "training_step"):  # a LightningModule's step may say self.forward(x), past the hooks
-            patch = Patch(inner, "forward", lambda *args, **kwargs: enter(inner, args, kwargs))
-        if compiled is not None:
-            inner._compiled_call_impl = None
+            stack.callback(Patch(inner, "forward", lambda *args, **kwargs: enter(inner, args, kwargs)).undo)
         yield
-    finally:
-        if compiled is not None:
-            inner._compiled_call_impl = compiled
-        if patch is not None:
-            patch.undo()
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

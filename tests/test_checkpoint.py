@@ -73,6 +73,20 @@ def test_a_class_with_its_own_hook_keeps_it(tmp_path: Path) -> None:
     assert Own.on_load_checkpoint is own
 
 
+def test_a_class_that_converts_itself_is_not_converted_again(tmp_path: Path) -> None:
+    module, host = compressed()
+    host.save_checkpoint(tmp_path / "a.ckpt")
+    plan = plan_of(module)
+    assert plan is not None
+
+    class Converting(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            convert_(self.net, plan)
+
+    assert_equal(load_from_checkpoint(Converting, tmp_path / "a.ckpt"), module)
+
+
 def test_checkpoints_of_lightning_cli_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In subclass mode they name the class themselves, and Lightning lets no other class read them."""
     here = ModuleType("somebodys_models")

@@ -164,6 +164,12 @@ def test_a_saved_teacher_comes_back_with_the_checkpoint(saved: Path) -> None:
     assert callback.state_dict()["teacher"] == state(saved / "taught.ckpt")["teacher"]
 
 
+def test_what_a_tested_checkpoint_says_is_forgotten_when_another_module_is_fitted(saved: Path) -> None:
+    callback = DynCompress("50%")
+    trainer(callbacks=[callback]).test(fresh(), loader(1), ckpt_path=saved / "full.ckpt", verbose=False)
+    assert fit(fresh(seed=1), callback).global_step == 4
+
+
 def test_switching_distillation_off_needs_no_teacher(saved: Path) -> None:
     host = fit(fresh(seed=1), DynCompress("50%", distill=False), max_epochs=2, ckpt_path=saved / "full.ckpt")
     assert host.global_step == 8
