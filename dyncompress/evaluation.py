@@ -62,9 +62,7 @@ def evaluate(net: nn.Module, loader: Iterable[Any], *, device: torch.device | st
     finally:
         net.to(home)
     if metric is None:
-        raise DynCompressError(
-            "the loader yielded no batch - accuracy needs at least one image - check the data set"
-        )
+        raise DynCompressError("the loader yielded no batch - accuracy needs at least one image - check the data set")
     return float(metric.compute())
 
 

@@ -27,9 +27,7 @@ MODULES = {
     for path in sorted((ROOT / "dyncompress").rglob("*.py"))
     if path != ROOT / "dyncompress/__init__.py"  # maps public names to modules: knows all, imports none
 }
-FILES = sorted(
-    path for folder in ("dyncompress", "recipes", "tests") for path in (ROOT / folder).rglob("*.py")
-)
+FILES = sorted(path for folder in ("dyncompress", "recipes", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 
 def imports(source: str, package: str) -> Iterator[str]:
@@ -98,9 +96,7 @@ def test_a_planted_fault_is_found(module: str, line: str) -> None:
 
 
 def test_a_lawful_import_is_let_through() -> None:
-    lines = (
-        "from . import errors\nfrom dyncompress.layers import DyNet\nimport wandb\nimport lightning.pytorch"
-    )
+    lines = "from . import errors\nfrom dyncompress.layers import DyNet\nimport wandb\nimport lightning.pytorch"
     assert not faults("cli", lines, "dyncompress")
     assert not faults(
         "layers.dynet",
