@@ -107,6 +107,11 @@ def load_from_checkpoint(module: Any, path: str | Path, **kwargs: Any) -> Any:
         except DynCompressError:
             raise
         except Exception as error:  # whatever a damaged file or the user's constructor meets; chained
+            if "Unsupported global" in str(error):  # torch fills a screen
+                raise CheckpointError(
+                    f"'{path}' holds objects beside weights (hyperparameters of {module.__name__}, for instance), which"
+                    " torch doesn't load from a file of unknown origin; pass weights_only=False where you trust it"
+                ) from error
             raise CheckpointError(
                 f"'{path}' can't be loaded into {module.__name__} ({type(error).__name__}: {error}); give a whole"
                 " checkpoint of that class, and the arguments of its __init__ that it does not save"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +106,31 @@ def test_checkpoints_of_lightning_cli_load(tmp_path: Path, monkeypatch: pytest.M
     loaded = load_from_checkpoint(here.Model, path)  # type: ignore[attr-defined]
     assert type(loaded) is here.Model  # type: ignore[attr-defined]
     assert_equal(loaded, cli.model)
+
+
+class Holding(Classifier):  # type: ignore[misc,valid-type]
+    """Its network is an argument, and a hyperparameter, as in templates that build everything from a file."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.save_hyperparameters("net")
+        self.net = net
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
+@pytest.mark.skipif(
+    "weights_only" not in signature(Classifier.load_from_checkpoint).parameters, reason="this Lightning loads anything"
+)
+def test_a_network_among_the_hyperparameters_is_loaded_where_the_file_is_trusted(tmp_path: Path) -> None:
+    module = Holding(Net())
+    host = trainer(callbacks=[DynCompress("50%")], limit_train_batches=1)
+    host.fit(module, loader(), loader(1))
+    host.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"hyperparameters of Holding, for instance.*pass weights_only=False"):
+        load_from_checkpoint(Holding, tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Holding, tmp_path / "a.ckpt", weights_only=False)
+    assert_equal(loaded, module)
+    assert plan_of(loaded.net) == plan_of(module.net)
 
 
 def damaged(kind: str, path: Path) -> None:
