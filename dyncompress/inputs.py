@@ -144,7 +144,8 @@ def _stopped(module: Any, network: nn.Module, steps: Mapping[str, Callable[[], A
             problems.append(f"{name} fails with {type(error).__name__}: {error}")
     raise TraceError(
         f"no input of the network ({type(bare(network)).__name__}) found: {'; '.join(problems) or 'there is no step'};"
-        " pass example=, what its forward takes, and see that the steps call the network itself, not its layers"
+        " name the network that the steps call, module='...', or see that they call it, and not its layers; or pass"
+        " example=, what its forward takes"
     )
 
 
