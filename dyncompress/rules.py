@@ -210,6 +210,15 @@ def same(call: Call) -> Maps:
     return call.mode.maps(call.tensors[0])
 
 
+def restride(call: Call) -> Maps:
+    """``as_strided_`` that keeps the shape (pooling to 1x1 in channels-last order); any other is unknown."""
+    maps = call.mode.maps(call.tensors[0])
+    if any(tuple(call.arg("size")) != tuple(m.shape) for m in maps):
+        call.mode.pin(call.tensors, call.mode.at(f"no rule for {call.name}"))
+        return ()
+    return maps
+
+
 def copy(call: Call) -> Maps:
     """``y.copy_(x)``; through a view of an unlabelled tensor the labels would be lost, so they are pinned."""
     target, source = call.tensors
@@ -243,6 +252,7 @@ _RULES: dict[str, Rule] = {
              " _scaled_dot_product_efficient_attention _scaled_dot_product_attention_math"),
     **_names(same, "zeros_like ones_like empty_like full_like rand_like randn_like native_dropout bernoulli bernoulli_"
              " fill_ zero_ uniform_ normal_"),
+    "as_strided_": restride,
     **_names(copy, "copy_ copy"),
     **_names(spatial, "max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d avg_pool2d avg_pool3d"
              " _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d reflection_pad1d"

@@ -139,6 +139,15 @@ def test_errors_say_what_failed():
         trace("resnet18", torch.zeros(1, 3))
 
 
+def test_pooling_in_channels_last_order():
+    class Pooled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to(memory_format=torch.channels_last))
+
+    net = Pooled(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    assert trace(net, torch.randn(1, 3, 8, 8)).pinned == {"3": "output of the network"}
+
+
 def test_fingerprint_names_names_and_shapes():
     a = trace(*networks.make(networks.Residual, seed=0)).fingerprint
     b = trace(*networks.make(networks.Residual, seed=1)).fingerprint
