@@ -24,13 +24,16 @@ def move(call: Call) -> Maps | tuple[Maps, ...]:
         return ()
     results = []
     for i in range(count):
-        replaced = iter(
-            [m[i] if m else torch.zeros(t.shape, dtype=torch.int64) for t, m in zip(call.tensors, maps, strict=True)]
-        )
+        replaced = iter([m[i] if m else _unlabelled(t) for t, m in zip(call.tensors, maps, strict=True)])
         results.append(_apply(call, lambda _: next(replaced)))  # noqa: B023 - called before the next turn
     if isinstance(results[0], (list, tuple)):
         return tuple(tuple(r[k] for r in results) for k in range(len(results[0])))
     return tuple(results)
+
+
+def _unlabelled(t: Tensor) -> Tensor:
+    """Labels of a tensor that has none: fixed. An index or a mask goes on as what it is."""
+    return torch.zeros(t.shape, dtype=torch.int64) if t.is_floating_point() else t.cpu()
 
 
 def _apply(call: Call, swap: Callable[[Tensor], Tensor]) -> Any:

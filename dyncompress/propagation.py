@@ -197,10 +197,22 @@ class Propagation(TorchDispatchMode):
         if rule is None:
             self.pin(call.tensors, self.at(f"no rule for {call.name}"))
             return out
-        result = rule(call)
+        try:
+            result = rule(call)
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            TypeError,
+        ) as error:  # a form of the op that its rule doesn't know
+            self.pin(call.tensors, self.at(f"{call.name} can't be followed ({error})"))
+            return out
         several = bool(result) and isinstance(result[0], tuple)
         per_output: Any = result if several else (result,) * len(outs)
         for t, maps in zip(outs, per_output, strict=False):
+            if any(m.shape != t.shape for m in maps):
+                self.pin(call.tensors, self.at(f"{call.name} picks by content"))
+                continue
             self.assign(t, tuple(compact(m) for m in maps))
             origin = next((n for n in names if n), "")
             if origin and len(call.tensors) == 1:

@@ -148,6 +148,31 @@ def test_pooling_in_channels_last_order():
     assert trace(net, torch.randn(1, 3, 8, 8)).pinned == {"3": "output of the network"}
 
 
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda x: x[:, :, x[0, 0, 0] > 0],  # by content: any number of columns
+        lambda x: x[:, torch.tensor([3, 1, 2])],  # channels by number
+        lambda x: x[:, 2:5],
+        lambda x: torch.sort(x, dim=1).values,  # no rule
+        lambda x: torch.einsum("bchw,bdhw->bcd", x, x)[..., None],
+    ],
+)
+def test_what_cannot_be_followed_is_pinned_and_the_rest_is_cut(pick):
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.picked = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3)
+
+        def forward(self, x):
+            return pick(self.picked(torch.relu(self.first(x)))).mean((1, 2, 3))
+
+    torch.manual_seed(0)
+    graph = trace(Picks(), torch.randn(1, 3, 12, 12))
+    assert "first" in [g.name for g in graph.groups]
+    assert "first" not in graph.pinned
+
+
 def test_fingerprint_names_names_and_shapes():
     a = trace(*networks.make(networks.Residual, seed=0)).fingerprint
     b = trace(*networks.make(networks.Residual, seed=1)).fingerprint
