@@ -14,7 +14,7 @@ from dyncompress.cost import fits
 from dyncompress.errors import CheckpointError, PlanError
 from dyncompress.graph import as_call, parameter_shapes
 from dyncompress.importance import best, importance
-from dyncompress.layers import DynamicConv, Static, load_static
+from dyncompress.layers import Static, load_static
 from dyncompress.narrowing import cut, positions
 from dyncompress.plan import Plan
 
@@ -210,8 +210,3 @@ def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
         for module, training in modes.items():
             module.training = training
     return len(found)
-
-
-def is_dynamic(net: nn.Module) -> bool:
-    """Whether any layer of the network is dynamic."""
-    return any(isinstance(m, DynamicConv) for m in net.modules())

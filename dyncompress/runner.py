@@ -25,6 +25,7 @@ from dyncompress.bundle import save
 from dyncompress.callback import DynCompress
 from dyncompress.checkpoint import load_weights
 from dyncompress.conversion import convert
+from dyncompress.cost import count_params, measure_macs
 from dyncompress.errors import RecipeError
 from dyncompress.evaluation import bank_bytes
 from dyncompress.latency import measure_latency
@@ -181,21 +182,22 @@ class Run:
     def report(self, plans: dict[str, Plan]) -> Report:
         """Measure the networks against each other and put everything together."""
         subject, recipe = self.subject, self.subject.recipe
-        original, plan = subject.network(subject.model), plans["student"]
+        original = subject.network(subject.model)
         nets = {"original": original, **{arm: convert(original, plans[arm]) for arm in sorted(plans)}}
         latency = measure_latency(nets, subject.example)
         arms = {
             arm: Arm(
                 method=plans[arm].method,
-                macs=plans[arm].macs_after,
-                params=plans[arm].params_after,
+                macs=measure_macs(nets[arm], subject.example),  # counted in the network, not quoted from the plan
+                params=count_params(nets[arm]),
                 score=self._score(arm),
                 bank_bytes=bank_bytes(nets[arm]),
                 latency=latency[arm],
             )
             for arm in plans
         }
-        before = Arm("", plan.macs_before, plan.params_before, self._score("original"), 0, latency["original"])
+        macs, params = measure_macs(original, subject.example), count_params(original)
+        before = Arm("", macs, params, self._score("original"), 0, latency["original"])
         return Report(
             target=str(recipe.target),
             method=recipe.method,

@@ -35,11 +35,10 @@ class Squeeze(nn.Module):
 
     def __init__(self, channels: int, hidden: int = 0) -> None:
         super().__init__()
-        self.out_features = hidden or channels
         self.reduce = RouterLinear(channels, hidden) if hidden else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input [B, channels, *size] -> [B, out_features] in fp32 (fp64 for fp64)."""
+        """Input [B, channels, *size] -> [B, hidden or channels] in fp32 (fp64 for fp64)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean = x.mean(dim=tuple(range(2, x.ndim)), dtype=dtype)
         return mean if self.reduce is None else F.relu(self.reduce(mean))
