@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Have glibc reuse large freed blocks instead of handing them back to the kernel.
 
     By default every activation of some megabytes is a fresh mapping, cleared page by page at first touch, in every
-    step. Kept, a CIFAR ResNet-20 training step at batch 128 takes 0.90 to 0.93 of the time (three pairs of runs in
-    turn, one thread of an Intel Xeon, torch 2.13). The price is that the process keeps its peak memory.
+    step; reuse saves the clearing, in training and in inference of large batches. The price is that the process keeps
+    its peak memory.
 
     It is a choice for a whole process, so only the command line makes it, and no import of dyncompress.
 

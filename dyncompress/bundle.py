@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dyncompress.conversion import convert_, plan_of, plans_in
+from dyncompress.conversion import convert, plan_of, plans_in
 from dyncompress.errors import CheckpointError, ExportError
 from dyncompress.folding import fold
 from dyncompress.graph import as_call, one_image
@@ -67,7 +67,7 @@ def load(path: str | Path, net: nn.Module) -> nn.Module:
             f"'{path}' holds {len(plans)} converted networks ({', '.join(map(repr, plans))}); save them one by one"
         )
     prefix, plan = next(iter(plans.items()))
-    student = convert_(deepcopy(net), plan)
+    student = convert(net, plan)
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     expected = student.state_dict()  # once: with the plan in it, it is no cheap thing to ask for
     missing = set(expected) - set(own) - _aliases(student)

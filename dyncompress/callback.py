@@ -32,9 +32,9 @@ from dyncompress.checkpoint import load_weights, read_plan
 from dyncompress.conversion import plan_of, recalibrate, resolve
 from dyncompress.distillation import DistillConfig, Teacher
 from dyncompress.errors import DistillationError, DynCompressError, PlanError, TraceError
+from dyncompress.graph import bare
 from dyncompress.host import (
     NotYetError,
-    bare,
     check_optimizers,
     find_network,
     from_rank_zero,

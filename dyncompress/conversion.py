@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyncompress.cost import fits
 from dyncompress.errors import CheckpointError, PlanError
-from dyncompress.graph import as_call, parameter_shapes
+from dyncompress.graph import as_call, bare, parameter_shapes
 from dyncompress.importance import best, importance
 from dyncompress.layers import Static, load_static
 from dyncompress.narrowing import cut, positions
@@ -63,7 +63,7 @@ def convert(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
     Raises:
         PlanError: If the plan doesn't fit the network; names the first difference.
     """
-    return convert_(deepcopy(getattr(net, "_orig_mod", net)), plan, seed=seed)
+    return convert_(deepcopy(bare(net)), plan, seed=seed)
 
 
 def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
@@ -93,7 +93,7 @@ def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
 
 def narrowed(net: nn.Module, plan: Plan) -> nn.Module:
     """The static network of the plan's widths: what the student computes at step 0."""
-    copy = deepcopy(getattr(net, "_orig_mod", net))
+    copy = deepcopy(bare(net))
     _cut(copy, resolve(copy, plan))
     return copy
 
@@ -142,7 +142,7 @@ def _spare(weight: Tensor, plan: Plan, name: str) -> Tensor | None:
 
 def _layers(plan: Plan) -> dict[str, nn.Module]:
     """A fresh layer for every convolution that doesn't stay static, built together with those it shares with."""
-    model = plan._after
+    model = plan.costs
     layers: dict[str, nn.Module] = {}
     for members in model.sets:
         method = model.choices[members[0].module].method

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyncompress.graph import ConvGraph, Extent, Operation, as_call, extent, one_image
+from dyncompress.graph import ConvGraph, Extent, Operation, as_call, bare, extent, one_image
 from dyncompress.layers import ConvSite, ConvSpec, Macs, Method
 
 
@@ -33,7 +33,7 @@ def measure_macs(net: nn.Module, example: Any) -> int:
         Multiply-adds of every convolution and matrix product.
     """
     args, kwargs = as_call(one_image(example))
-    copy = deepcopy(getattr(net, "_orig_mod", net)).eval()
+    copy = deepcopy(bare(net)).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
         copy(*args, **kwargs)
     return int(counter.get_total_flops()) // 2

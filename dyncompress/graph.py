@@ -80,6 +80,12 @@ class ConvGraph:
         return {op.module: op.reason for op in self.operations if op.reason}
 
 
+def bare(network: nn.Module) -> nn.Module:
+    """The network inside what `torch.compile` returns; any other is returned as it is."""
+    inner = network._modules.get("_orig_mod")
+    return network if inner is None else inner
+
+
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """An example as positional and keyword arguments of ``forward``."""
     if isinstance(example, Mapping):
@@ -129,7 +135,7 @@ def trace(net: nn.Module, example: Any) -> ConvGraph:
     if not isinstance(net, nn.Module):
         raise TraceError(f"can't trace a {type(net).__name__}; pass a torch.nn.Module")
     args, kwargs = as_call(one_image(example))
-    copy = deepcopy(getattr(net, "_orig_mod", net)).eval()
+    copy = deepcopy(bare(net)).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             expected = copy(*args, **kwargs)

@@ -26,12 +26,6 @@ class NotYetError(TraceError):
     """The LightningModule has no network yet, or no data to see its input in; a later hook may bring them."""
 
 
-def bare(network: nn.Module) -> nn.Module:
-    """The network inside what `torch.compile` returns; any other is returned as it is."""
-    inner = network._modules.get("_orig_mod")
-    return network if inner is None else inner
-
-
 def overrides(owner: object, name: str) -> bool:
     """Whether a class above the framework's defines this method.
 

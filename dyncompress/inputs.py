@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dyncompress.errors import TraceError
-from dyncompress.graph import as_call
-from dyncompress.host import NotYetError, bare, has_convolutions, overrides
+from dyncompress.graph import as_call, bare
+from dyncompress.host import NotYetError, has_convolutions, overrides
 from dyncompress.patch import Patch
 
 _MUTED = ("log", "log_dict", "toggle_optimizer", "untoggle_optimizer", "manual_backward")

@@ -82,7 +82,8 @@ class Plan:
         return CostModel(self.graph, static_choices(self.graph, Static()))
 
     @cached_property
-    def _after(self) -> CostModel:
+    def costs(self) -> CostModel:
+        """What the student costs, as a function of its widths."""
         return CostModel(self.graph, self.choices)
 
     @property
@@ -93,7 +94,7 @@ class Plan:
     @property
     def macs_after(self) -> int:
         """MACs of the student, for one image: convolutions, kernel assembly and routers."""
-        return self._after.macs(self.widths)
+        return self.costs.macs(self.widths)
 
     @property
     def params_before(self) -> int:
@@ -103,7 +104,7 @@ class Plan:
     @property
     def params_after(self) -> int:
         """Parameters of the student."""
-        return self._after.params(self.widths)
+        return self.costs.params(self.widths)
 
     @property
     def ratio(self) -> float:
@@ -119,7 +120,7 @@ class Plan:
     def layers(self) -> tuple[LayerPlan, ...]:
         """Every layer that costs anything, in the order in which they run."""
         full = widths(self.graph)
-        before, after = self._before.layers(full), self._after.layers(self.widths)
+        before, after = self._before.layers(full), self.costs.layers(self.widths)
         choices = {c.name: c for c in self.choices}
         rows = []
         for op in self.graph.operations:

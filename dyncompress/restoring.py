@@ -11,7 +11,8 @@ from torch import nn
 from dyncompress.checkpoint import SHARDED, network_at, read_plan, stated_plan
 from dyncompress.conversion import plan_of, plans_in
 from dyncompress.errors import CheckpointError
-from dyncompress.host import bare, copy_holder, find_network
+from dyncompress.graph import bare
+from dyncompress.host import copy_holder, find_network
 from dyncompress.plan import Plan
 from dyncompress.student import Student
 

@@ -7,7 +7,7 @@ from copy import deepcopy
 from torch import nn
 
 from dyncompress.conversion import convert_, plan_of, resolve
-from dyncompress.host import bare
+from dyncompress.graph import bare
 from dyncompress.plan import Plan
 
 

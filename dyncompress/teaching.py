@@ -26,7 +26,7 @@ from dyncompress.distillation import (
     recorded,
 )
 from dyncompress.errors import DistillationError
-from dyncompress.host import bare
+from dyncompress.graph import bare
 from dyncompress.patch import Patch
 
 

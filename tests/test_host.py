@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dyncompress.errors import DynCompressError, PlanError, TraceError
+from dyncompress.graph import bare
 from dyncompress.host import (
     NotYetError,
-    bare,
     check_optimizers,
     copy_holder,
     find_network,
