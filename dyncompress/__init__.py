@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from dyncompress.errors import DynCompressError
     from dyncompress.evaluation import evaluate
     from dyncompress.folding import fold
-    from dyncompress.graph import trace
     from dyncompress.plan import Plan
     from dyncompress.planning import make_plan
     from dyncompress.report import Report
+    from dyncompress.tracing import trace
 
 __version__ = "0.1.0"
 
@@ -59,7 +59,7 @@ _HOME = {
     "load_from_checkpoint": "checkpoint",
     "make_plan": "planning",
     "save": "bundle",
-    "trace": "graph",
+    "trace": "tracing",
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from dyncompress.cost import fits
 from dyncompress.errors import CheckpointError, PlanError
-from dyncompress.graph import as_call, bare, parameter_shapes
+from dyncompress.graph import as_call, bare, duplicate, parameter_shapes
 from dyncompress.importance import best, importance
 from dyncompress.layers import Static, load_static
 from dyncompress.narrowing import cut, positions
@@ -63,7 +62,7 @@ def convert(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
     Raises:
         PlanError: If the plan doesn't fit the network; names the first difference.
     """
-    return convert_(deepcopy(bare(net)), plan, seed=seed)
+    return convert_(duplicate(bare(net)), plan, seed=seed)
 
 
 def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
@@ -86,14 +85,14 @@ def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
             layer.requires_grad_(False)
         parent, _, child = name.rpartition(".")
         setattr(net.get_submodule(parent), child, layer)
-    anchor = net.get_submodule(plan.graph.convs[0].module)
+    anchor = net.get_submodule(plan.graph.anchor)
     anchor.add_module(TAG, PlanTag(plan))
     return net
 
 
 def narrowed(net: nn.Module, plan: Plan) -> nn.Module:
     """The static network of the plan's widths: what the student computes at step 0."""
-    copy = deepcopy(bare(net))
+    copy = duplicate(bare(net))
     _cut(copy, resolve(copy, plan))
     return copy
 
@@ -119,7 +118,7 @@ def resolve(net: nn.Module, plan: Plan) -> Plan:
 
 
 def _cut(net: nn.Module, plan: Plan) -> None:
-    cut(net, plan.graph.axes, plan.graph.seams, [k for k in plan.keep if not isinstance(k, int)])
+    cut(net, plan.graph, [k for k in plan.keep if not isinstance(k, int)])
 
 
 def _filters(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -165,13 +164,13 @@ def plans_in(state: Mapping[str, Any]) -> dict[str, Plan]:
     """
     plans = {}
     for key, value in state.items():
-        if not key.endswith(f".{_KEY}") or not isinstance(value, Tensor):
+        if not f".{key}".endswith(f".{_KEY}") or not isinstance(value, Tensor):
             continue
         try:
             plan = Plan.from_json(bytes(value.cpu().numpy().tobytes()).decode())
         except (PlanError, UnicodeDecodeError) as error:
             raise CheckpointError(f"the plan in '{key}' is damaged: {error}") from None
-        anchor = f"{plan.graph.convs[0].module}.{_KEY}"
+        anchor = f"{plan.graph.anchor}.{_KEY}".removeprefix(".")
         if not key.endswith(anchor):
             raise CheckpointError(f"the plan in '{key}' belongs to '{anchor}'; the checkpoint is damaged")
         plans[key.removesuffix(anchor)] = plan

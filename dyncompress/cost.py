@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyncompress.graph import ConvGraph, Extent, Operation, as_call, bare, extent, one_image
+from dyncompress.graph import ConvGraph, Extent, Operation, as_call, bare, duplicate, extent, one_image, undisturbed
 from dyncompress.layers import ConvSite, ConvSpec, Macs, Method
 
 
@@ -33,8 +31,8 @@ def measure_macs(net: nn.Module, example: Any) -> int:
         Multiply-adds of every convolution and matrix product.
     """
     args, kwargs = as_call(one_image(example))
-    copy = deepcopy(bare(net)).eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+    copy = duplicate(bare(net)).eval()
+    with undisturbed(), FlopCounterMode(display=False) as counter:
         copy(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 

@@ -1,29 +1,24 @@
 """The channel graph of a network: its convolutions, and the groups of channels that must be cut together.
 
-`trace` runs the network once on an example, follows the channel labels (`propagation.py`), closes the ties into
-width groups, and verifies them by cutting a copy and running it. A channel that can't be cut is pinned, and the
-graph says why.
+Plain values: `tracing.trace` finds them, a plan carries them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dyncompress.errors import TraceError
 from dyncompress.layers import ConvSpec
-from dyncompress.narrowing import Runs, cut, encode
-from dyncompress.propagation import Propagation, Recording
-from dyncompress.rules import rule_for
+from dyncompress.narrowing import Runs
 
 Extent = tuple[int, tuple[tuple[int, int], ...]]
 """Size of an axis as a function of the widths: fixed channels + sum over (group, channels per kept one)."""
@@ -62,6 +57,9 @@ class ConvGraph:
     axes: Mapping[str, Runs]  # "<tensor>:<dim>" -> its channels
     seams: Mapping[str, tuple[Runs, Runs]]
     parameters: Mapping[str, tuple[int, ...]]  # name and shape of every parameter
+    counts: Mapping[str, Runs] = field(default_factory=dict)  # "<module>:<attribute>[:<index>]" -> channels it counts
+    unseen: tuple[str, ...] = ()  # modules with parameters that the example never ran: left as they are
+    rescaled: tuple[str, ...] = ()  # results that depend on how many channels there are: a mean over them, say
 
     @property
     def fingerprint(self) -> str:
@@ -75,6 +73,11 @@ class ConvGraph:
         return tuple(op for op in self.operations if op.spec is not None)
 
     @property
+    def anchor(self) -> str:
+        """The module that carries the plan: the first convolution that is one, else the network itself."""
+        return next((op.module for op in (*self.convs, *self.operations) if op.kind.startswith("conv")), "")
+
+    @property
     def pinned(self) -> dict[str, str]:
         """Layers whose output channels can't be cut, and why."""
         return {op.module: op.reason for op in self.operations if op.reason}
@@ -86,6 +89,35 @@ def bare(network: nn.Module) -> nn.Module:
     return network if inner is None else inner
 
 
+def duplicate(net: nn.Module, *, share: bool = False) -> nn.Module:
+    """A deep copy of a network.
+
+    Args:
+        net: Any network; weights that a hook computes (weight norm, pruning) are no obstacle.
+        share: Whether the copy's parameters share their storage with the original's, until their ``data`` is assigned.
+    """
+    memo: dict[int, Any] = {}
+    for module in net.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    if share:
+        memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()}
+    return deepcopy(net, memo)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No gradients, no change of random numbers, no kernels that fuse whole layers."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """An example as positional and keyword arguments of ``forward``."""
     if isinstance(example, Mapping):
@@ -93,6 +125,21 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     return (example,), {}
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Tensors in whatever a network takes or returns: containers, dataclasses and other objects."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += tensors_in(list(leaf.values()))
+        elif isinstance(leaf, (list, tuple, set)):
+            found += tensors_in(list(leaf))
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            found += tensors_in(list(vars(leaf).values()))
+    return found
 
 
 def one_image(example: Any) -> Any:
@@ -109,112 +156,6 @@ def parameter_shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in net.named_parameters()}
 
 
-def trace(net: nn.Module, example: Any) -> ConvGraph:
-    """Find the convolutions of a network and the groups of channels that must be cut together.
-
-    The network is left as it was: a copy runs, once, in eval mode on one image.
-
-    Args:
-        net: Any network.
-        example: What its ``forward`` takes: a tensor, a tuple of arguments, or a dict of keyword arguments.
-
-    Returns:
-        The channel graph, verified by running a cut copy.
-
-    Raises:
-        TraceError: If the network fails on the example, or has no convolution.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
-        >>> graph = trace(net, torch.zeros(1, 3, 8, 8))
-        >>> graph.groups
-        (Group(name='0', channels=8),)
-        >>> graph.pinned
-        {'2': 'output of the network'}
-    """
-    if not isinstance(net, nn.Module):
-        raise TraceError(f"can't trace a {type(net).__name__}; pass a torch.nn.Module")
-    args, kwargs = as_call(one_image(example))
-    copy = deepcopy(bare(net)).eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            expected = copy(*args, **kwargs)
-        except Exception as error:
-            raise TraceError(
-                f"{type(net).__name__} fails on the example ({_shapes((args, kwargs))}): {error}; pass an example that"
-                " its forward takes (a tensor, a tuple of arguments or a dict of keyword arguments)"
-            ) from error
-        with Propagation(copy, rule_for) as mode:
-            output = copy(*args, **kwargs)
-        mode.pin([t for t in tree_leaves(output) if isinstance(t, Tensor)], "output of the network")
-    recording = mode.recording
-    if not any(op.kind.startswith("conv") for op in recording.operations):
-        raise TraceError(
-            f"{type(net).__name__} runs no convolution on the example; dyncompress compresses convolutions"
-        )
-    classes, pinned = recording.ledger.classes()
-    graph = _build(copy, recording, classes, pinned)
-    while broken := _verify(copy, graph, args, kwargs, expected):  # fewer groups each turn
-        members = _members(recording, classes, pinned)
-        pinned |= {c: reason for group, reason in broken.items() for c in members[group]}
-        graph = _build(copy, recording, classes, pinned)
-    return graph
-
-
-def _shapes(values: Any) -> str:
-    return ", ".join(str(tuple(t.shape)) for t in tree_leaves(values) if isinstance(t, Tensor)) or "no tensors"
-
-
-def _members(recording: Recording, classes: np.ndarray, pinned: Mapping[int, str]) -> list[list[int]]:
-    """Width groups as lists of classes: classes that occupy the same axes equally often."""
-    places: dict[int, dict[Any, int]] = defaultdict(lambda: defaultdict(int))
-    useful: set[int] = set()
-    every = {**recording.axes, **{(n, d): ids for n, s in recording.seams.items() for d, ids in _sides(s)}}
-    for axis, ids in every.items():
-        for c in classes[ids.numpy()].tolist():
-            places[c][axis] += 1
-    for op in recording.operations:
-        for ids in op.axes:
-            useful.update(classes[ids.numpy()].tolist())
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for c, where in places.items():  # insertion order: that of the network's run
-        if c != 0 and c not in pinned and c in useful:
-            groups[frozenset(where.items())].append(c)
-    return [members for members in groups.values() if len(members) > 1]
-
-
-def _sides(seam: Any) -> list[tuple[int, Tensor]]:
-    return [(-1, seam.entering), (-2, seam.leaving)]
-
-
-def _build(net: nn.Module, recording: Recording, classes: np.ndarray, pinned: Mapping[int, str]) -> ConvGraph:
-    members = _members(recording, classes, pinned)
-    place = {c: (g, i) for g, group in enumerate(members) for i, c in enumerate(group)}
-
-    def runs(ids: Tensor) -> Runs:
-        where = [place.get(c, (-1, 0)) for c in classes[ids.numpy()].tolist()]
-        return encode([w[0] for w in where], [w[1] for w in where])
-
-    axes = {f"{name}:{dim}": runs(ids) for (name, dim), ids in recording.axes.items()}
-    axes = {key: r for key, r in axes.items() if any(group >= 0 for group, *_ in r)}
-    operations = []
-    for op in recording.operations:
-        out_ids = recording.axes.get((op.weight, 1 if op.kind == "conv_transpose" else 0))
-        own = classes[out_ids.numpy()].tolist() if out_ids is not None else []
-        reason = next((pinned[c] for c in own if c in pinned), "") if all(c not in place for c in own) else ""
-        extents = tuple(extent(runs(ids)) for ids in op.axes)
-        spec, block = _replaceable(net, recording, op.module, op.weight), ""
-        if spec is not None:
-            inside = [b for b in recording.residual_modules if b and op.module.startswith(b + ".")]
-            block = max(inside, key=len, default="")
-        norm = recording.norms.get(op.module, "") if spec is not None else ""
-        operations.append(
-            Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason)
-        )
-    seams = {name: (runs(s.entering), runs(s.leaving)) for name, s in recording.seams.items()}
-    return ConvGraph(tuple(operations), _named(members, operations), axes, seams, parameter_shapes(net))
-
-
 def extent(runs: Runs) -> Extent:
     """Size of an axis as fixed channels and channels per kept channel of each group."""
     fixed = sum(count for group, _, count, _ in runs if group < 0)
@@ -225,68 +166,3 @@ def extent(runs: Runs) -> Extent:
             totals[group] += count * repeat
             seen[group].update(range(start, start + count))
     return fixed, tuple((group, totals[group] // len(seen[group])) for group in totals)
-
-
-def _replaceable(net: nn.Module, recording: Recording, name: str, weight: str) -> ConvSpec | None:
-    module = net.get_submodule(name)
-    if recording.calls[name] > 1:
-        return None
-    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and weight == f"{name}.weight":
-        return ConvSpec.of(module)  # type: ignore[arg-type]
-    return None
-
-
-def _named(members: Sequence[Sequence[int]], operations: Sequence[Operation]) -> tuple[Group, ...]:
-    names: dict[int, str] = {}
-    for op in operations:
-        writes = op.axes[:1] if op.kind == "conv" else op.axes[1:2]
-        for _, parts in writes:
-            for group, _ in parts:
-                names.setdefault(group, op.module)
-    used: dict[str, int] = defaultdict(int)
-    groups = []
-    for g, channels in enumerate(members):
-        name = names.get(g, f"group{g}")
-        used[name] += 1
-        groups.append(Group(name if used[name] == 1 else f"{name}#{used[name]}", len(channels)))
-    return tuple(groups)
-
-
-def _verify(net: nn.Module, graph: ConvGraph, args: Any, kwargs: Any, expected: Any) -> dict[int, str]:
-    """Groups that the forward code can't follow, found by cutting copies of the network, halving the suspects."""
-    shapes = [tuple(t.shape) for t in tree_leaves(expected) if isinstance(t, Tensor)]
-    broken: dict[int, str] = {}
-
-    def failure(groups: Sequence[int]) -> str:
-        kept = [range(g.channels // 2 if i in groups else g.channels) for i, g in enumerate(graph.groups)]
-        trial = deepcopy(net)
-        try:
-            cut(trial, graph.axes, graph.seams, kept)
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                found = trial(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever the network's own code raises is the finding
-            return f"its code doesn't follow a cut: {_first_line(error)}"
-        got = [tuple(t.shape) for t in tree_leaves(found) if isinstance(t, Tensor)]
-        return "" if got == shapes else f"cutting it changes the output's shape from {shapes} to {got}"
-
-    def search(groups: Sequence[int]) -> None:
-        reason = failure([g for g in groups if g not in broken]) if groups else ""
-        if not reason:
-            return
-        if len(groups) == 1:
-            broken[groups[0]] = reason
-            return
-        middle = len(groups) // 2
-        before = len(broken)
-        search(groups[:middle])
-        search(groups[middle:])
-        if len(broken) == before:  # each half runs alone, but not both
-            broken.update(dict.fromkeys(groups, reason))
-
-    search(range(len(graph.groups)))
-    return broken
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__

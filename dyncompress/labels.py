@@ -62,6 +62,13 @@ class Ledger:
         self._pins: list[tuple[np.ndarray, str]] = []
         self._uniform: list[tuple[np.ndarray, str]] = []
 
+    def copy(self) -> Ledger:
+        """A ledger that goes on from here."""
+        twin = Ledger()
+        twin._next = self._next
+        twin._ties, twin._pins, twin._uniform = [*self._ties], [*self._pins], [*self._uniform]
+        return twin
+
     def fresh(self, count: int) -> Tensor:
         """New labels, one per channel."""
         ids = torch.arange(self._next, self._next + count)

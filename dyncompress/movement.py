@@ -5,30 +5,64 @@ What depends on a number of channels written into the code (a split, a slice, a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dyncompress.labels import Maps, core, varies
+from dyncompress.labels import Maps, compact, core, cores, varies
 from dyncompress.propagation import Call
+from dyncompress.sites import Pair, Way, alike
 
 
 def move(call: Call) -> Maps | tuple[Maps, ...]:
     """Run the op itself on the labels, map by map."""
     maps = [call.mode.maps(t) for t in call.tensors]
-    count = max(len(m) for m in maps)
-    if any(len(m) not in (0, count) for m in maps) or (count > 1 and len(call.tensors) > 1):
-        call.mode.pin(call.tensors, call.mode.at(f"{call.name} of tensors labelled in different dimensions"))
-        return ()
+    together = [(m,) for m in maps[0]] if len(call.tensors) == 1 else _aligned(call, maps)
     results = []
-    for i in range(count):
-        replaced = iter([m[i] if m else _unlabelled(t) for t, m in zip(call.tensors, maps, strict=True)])
+    for row in together:
+        replaced = iter(row)
         results.append(_apply(call, lambda _: next(replaced)))  # noqa: B023 - called before the next turn
-    if isinstance(results[0], (list, tuple)):
+    if results and isinstance(results[0], (list, tuple)):
         return tuple(tuple(r[k] for r in results) for k in range(len(results[0])))
     return tuple(results)
+
+
+def join(call: Call) -> Maps:
+    """cat, stack: pieces that lie side by side share the channels of every other dimension."""
+    mode, out = call.mode, call.first_out
+    dim = call.arg("dim", 0) % out.dim()
+    together = _aligned(call, [mode.maps(t) for t in call.tensors])
+    results = []
+    for row in together:
+        if call.name == "stack":
+            row = tuple(m.unsqueeze(dim) for m in row)
+        labelled = [m for m in row if varies(m)]
+        if any(dim in varies(m) for m in labelled):
+            results.append(torch.cat(row, dim))
+            continue
+        first, *others = [m.narrow(dim, 0, 1) for m in labelled]
+        for other in others:
+            mode.ledger.tie_maps(first, other, mode.at("joined with channels that can't be cut"))
+        results.append(first.expand(out.shape))
+    return tuple(results)
+
+
+def _aligned(call: Call, maps: Sequence[Maps]) -> list[tuple[Tensor, ...]]:
+    """Maps of several tensors that go together: those that change along the same dimensions."""
+    kinds: dict[tuple[int, ...], dict[int, Tensor]] = {}
+    for i, found in enumerate(maps):
+        for m in found:
+            kind = tuple(varies(m))
+            wider = next((k for k in kinds if set(k) & set(kind) and i not in kinds[k]), kind)
+            if i in kinds.setdefault(wider, {}):
+                call.mode.pin([call.tensors[i]], call.mode.at(f"{call.name} of tensors labelled in several ways"))
+                return []
+            kinds[wider][i] = m
+    return [
+        tuple(row[i] if i in row else _unlabelled(t) for i, t in enumerate(call.tensors)) for row in kinds.values()
+    ]
 
 
 def _unlabelled(t: Tensor) -> Tensor:
@@ -49,20 +83,67 @@ def _apply(call: Call, swap: Callable[[Tensor], Tensor]) -> Any:
 def view(call: Call) -> Maps:
     """A reshape.
 
-    Where one labelled dimension is split in several, all but the innermost keep their size: the same inner positions
-    are cut in each of them.
+    Where one labelled dimension is split in several, one of them is cut and the others keep their size: the innermost
+    (the same inner positions go in each of the outer ones), else one further out. A size that is written down may
+    live in an attribute, or come from the shape of what the module was given.
     """
     source, out = call.tensors[0], call.first_out
+    sizes = call.arg("size") or call.arg("shape") or list(out.shape)
     results = []
     for m in call.mode.maps(source):
-        new = m.reshape(out.shape)
+        new = compact(m.reshape(out.shape))
         for inside, outside in _factor(source.shape, out.shape):
-            split = [d for d in outside if out.shape[d] > 1]
-            if len(split) > 1 and any(d in varies(m) for d in inside):
-                for d in split[:-1]:
-                    call.mode.ledger.tie_maps(new, new.narrow(d, 0, 1).expand(new.shape), call.name)
+            across = [d for d in outside if d in varies(new)]
+            if len(across) > 1 and sum(d in varies(m) for d in inside) == 1:
+                new = _split_view(call, m, new, inside, across)
+            elif len(across) == 1 and sizes[across[0]] != -1 and out.dim() > 1:
+                _merge_view(call, new, across[0])
         results.append(new)
     return tuple(results)
+
+
+def _split_view(call: Call, before: Tensor, after: Tensor, inside: list[int], across: list[int]) -> Tensor:
+    """One labelled dimension becomes several, of which one is cut: the labels then change along that one alone."""
+    (along,) = [d for d in inside if d in varies(before)]
+    row = call.mode.row(before, along)
+
+    def cutting(d: int) -> tuple[Pair, ...]:
+        others = [after.narrow(k, 0, 1).expand(after.shape) for k in across if k != d]
+        return tuple((left, right) for left, right in (cores(after, other) for other in others))
+
+    order = across if before.dim() == 2 else across[::-1]  # a feature vector becomes a map; a stream becomes heads
+    first = order[0]
+    ways, cut = [Way(cutting(first))], [first]
+    for other in _sources(call, len(row)):
+        ways.append(Way((*ways[0].ties, (row.view(-1, len(other)), other))))
+        cut.append(first)
+    for d in order[1:]:
+        ways.append(Way(cutting(d)))
+        cut.append(d)
+    taken = call.mode.site(call, core(before), [(after.shape[first], call.mode.row(after, first))], ways, free=False)
+    for k in across if taken >= 0 else ():
+        if k != cut[taken]:
+            after = after.narrow(k, 0, 1).expand(after.shape)
+    return after
+
+
+def _merge_view(call: Call, after: Tensor, d: int) -> None:
+    """Several dimensions become one labelled one, or one keeps its size: the size may be written down."""
+    row = call.mode.row(after, d)
+    ways = [Way(), *(Way(((row, other),)) for other in call.mode.entering(len(row)))]
+    call.mode.site(call, core(after), [(len(row), row)], ways, free=True)
+
+
+def _sources(call: Call, size: int) -> list[Tensor]:
+    """Channels that entered the running module, as many as ``size`` or a fraction of it."""
+    sizes = {t.shape[d] for t in call.mode.inputs() for d in range(1, t.dim())}
+    return [ids for n in sorted(sizes, reverse=True) if n > 1 and size % n == 0 for ids in call.mode.entering(n)]
+
+
+def _rows(labels: Tensor, d: int) -> Tensor:
+    """Labels along one dimension (the last of the result), at every position at which they differ."""
+    rows = labels.movedim(d, -1)
+    return rows[tuple(slice(None) if k in varies(rows) else 0 for k in range(rows.dim()))]
 
 
 def _factor(before: torch.Size, after: torch.Size) -> list[tuple[list[int], list[int]]]:
@@ -85,30 +166,66 @@ def _factor(before: torch.Size, after: torch.Size) -> list[tuple[list[int], list
 
 
 def split(call: Call) -> tuple[Maps, ...]:
-    """Equal pieces of a split stay equal; unequal pieces can't follow a cut."""
+    """Equal pieces of a split stay equal; unequal ones are kept in proportion, unless attributes hold their sizes."""
     pieces = move(call)
     dim = call.arg("dim", 0) % call.tensors[0].dim()
     for i, m in enumerate(call.mode.maps(call.tensors[0])):
         if dim not in varies(m):
             continue
-        parts = [piece[i] for piece in pieces]
-        if len({p.shape[dim] for p in parts}) > 1:
-            call.mode.ledger.require_uniform(core(m), call.mode.at("channels split in unequal pieces"))
+        rows = [call.mode.row(piece[i], dim) for piece in pieces]
+        numbers = [(len(r), r) for r in rows]
+        if len({len(r) for r in rows}) == 1:
+            ties = tuple((rows[0], r) for r in rows[1:])
+            call.mode.site(call, core(m), numbers, [Way(ties)], free=False)
             continue
-        for part in parts[1:]:
-            call.mode.ledger.tie_maps(parts[0], part, call.name)
+        ends = [sum(len(r) for r in rows[: k + 1]) for k in range(len(rows) - 1)]
+        units = alike(_rows(m, dim), ends)
+        call.mode.site(call, core(m), numbers, [Way(units)] if units else [], free=True)
     return pieces  # type: ignore[return-value]
 
 
-def pick(call: Call) -> Maps | tuple[Maps, ...]:
-    """Slices and indices count channels: they follow a cut only along a dimension that isn't cut."""
+def cut_out(call: Call) -> Maps | tuple[Maps, ...]:
+    """A slice of channels: its bounds are numbers, in attributes or computed from a shape."""
     result = move(call)
     source = call.tensors[0]
-    dim = call.arg("dim")
-    dims = [dim % source.dim()] if isinstance(dim, int) else range(source.dim())
+    dim, size = call.arg("dim", 0) % source.dim(), source.shape[call.arg("dim", 0)]
+    start, step = call.arg("start") or 0, call.arg("step", 1)
+    end = min(size if call.arg("end") is None else call.arg("end"), size)
+    start, end = (max(0, v + size if v < 0 else v) for v in (start, end))
     for m in call.mode.maps(source):
-        for d in dims:
-            if d in varies(m) and (call.first_out.shape != source.shape or call.name in ("roll", "index")):
+        if dim not in varies(m) or (start, end, step) == (0, size, 1):
+            continue
+        row = call.mode.row(m, dim)
+        numbers = [(b, row[:b]) for b in (start, end) if 0 < b < size]
+        numbers += [(size - b, row[b:]) for b in (start, end) if 0 < b < size]
+        ways = [
+            Way(((row[:b], other),)) for b in (start, end) if 0 < b < size for other in call.mode.entering(b)
+        ]  # fmt: skip
+        if step > 1 and size % step == 0 and end == size and start < step:
+            blocks = _rows(m, dim).unflatten(-1, (-1, step))
+            ways, numbers = [Way(((blocks, blocks[..., :1]),))], []
+        elif step == 1:
+            units = alike(_rows(m, dim), [start, end])
+            ways += [Way(units)] if units else []
+        else:
+            ways, numbers = [], []
+        call.mode.site(call, core(m), numbers, ways, free=True)
+    return result
+
+
+def pick(call: Call) -> Maps | tuple[Maps, ...]:
+    """Indices count channels: they follow a cut only along a dimension that isn't cut."""
+    result = move(call)
+    source = call.tensors[0]
+    if call.name == "roll":
+        dims = call.arg("dims") or range(source.dim())
+    elif call.name == "index":
+        dims = [d for d, index in enumerate(call.arg("indices")) if index is not None]
+    else:
+        dims = [call.arg("dim", 0)]
+    for m in call.mode.maps(source):
+        for d in {d % source.dim() for d in dims} & set(varies(m)):
+            if call.first_out.shape != source.shape or call.name in ("roll", "index"):
                 for row in m.movedim(d, -1).reshape(-1, m.shape[d]).unique(dim=0):
                     call.mode.ledger.require_uniform(row, call.mode.at(f"channels picked by number ({call.name})"))
     return result

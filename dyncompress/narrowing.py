@@ -8,6 +8,7 @@ Group -1 is fixed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +60,26 @@ def positions(runs: Runs, kept: Kept) -> list[int]:
     return stay
 
 
-def cut(net: nn.Module, axes: Mapping[str, Runs], seams: Mapping[str, tuple[Runs, Runs]], kept: Kept) -> None:
-    """Cut every axis ``"<tensor name>:<dim>"`` down to the kept channels, and re-index the seams."""
+class Axes(Protocol):
+    """What `cut` needs to know of a channel graph."""
+
+    axes: Mapping[str, Runs]
+    seams: Mapping[str, tuple[Runs, Runs]]
+    counts: Mapping[str, Runs]
+
+
+def cut(net: nn.Module, graph: Axes, kept: Kept) -> None:
+    """Cut every axis down to the kept channels, re-index the seams, and bring counts in line.
+
+    Args:
+        net: The network, changed in place.
+        graph: Its axes ``"<tensor>:<dim>"``, seams ``"<module>"`` and counts ``"<module>:<attribute>[:<index>]"``.
+        kept: Channels of every width group that stay.
+    """
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    changed: set[str] = set()
+    changed: set[int] = set()
     with torch.no_grad():
-        for key, runs in axes.items():
+        for key, runs in graph.axes.items():
             name, dim = key.rsplit(":", 1)
             stay = positions(runs, kept)
             tensor = tensors[name]
@@ -73,10 +88,14 @@ def cut(net: nn.Module, axes: Mapping[str, Runs], seams: Mapping[str, tuple[Runs
             index = torch.tensor(stay, device=tensor.device)
             tensor.data = tensor.data.index_select(int(dim), index)
             tensor.grad = None
-            changed.add(name.rpartition(".")[0])
-    for name in changed:
-        _learn_widths(net.get_submodule(name))
-    for name, (entering, leaving) in seams.items():
+            changed.add(id(tensor))
+    for module in net.modules():  # all of them: several may hold one tensor
+        if any(id(t) in changed for t in [*module.parameters(False), *module.buffers(False)]):
+            _learn_widths(module)
+    for key, runs in graph.counts.items():
+        path, attribute, *index = key.split(":")
+        _set_count(net.get_submodule(path), attribute, [int(i) for i in index], len(positions(runs, kept)))
+    for name, (entering, leaving) in graph.seams.items():
         into, out = positions(entering, kept), positions(leaving, kept)
         if len(into) == length(entering) and len(out) == length(leaving):
             continue
@@ -85,8 +104,17 @@ def cut(net: nn.Module, axes: Mapping[str, Runs], seams: Mapping[str, tuple[Runs
         setattr(net.get_submodule(parent), child, Reindex(inner, length(entering), into, out))
 
 
+def _set_count(module: nn.Module, attribute: str, index: list[int], count: int) -> None:
+    if not index:
+        setattr(module, attribute, count)
+        return
+    values = list(getattr(module, attribute))
+    values[index[0]] = count
+    setattr(module, attribute, type(getattr(module, attribute))(values))
+
+
 def _learn_widths(module: nn.Module) -> None:
-    """Bring a module's counts in line with its tensors."""
+    """Bring the counts of torch's own modules in line with their tensors."""
     if isinstance(module, nn.modules.conv._ConvNd):
         first, second = module.weight.shape[:2]
         if module.transposed:
@@ -99,7 +127,9 @@ def _learn_widths(module: nn.Module) -> None:
             module.in_channels, module.out_channels = second * module.groups, first
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.weight_ih_l0.shape[1]  # type: ignore[union-attr]
+    elif isinstance(getattr(module, "normalized_shape", None), tuple) and isinstance(module.weight, Tensor):
         module.normalized_shape = tuple(module.weight.shape)
     else:
         size = next((t.shape[0] for t in [*module.parameters(False), *module.buffers(False)] if t.dim() == 1), None)

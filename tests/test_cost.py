@@ -10,9 +10,9 @@ from torch import nn
 import networks
 from dyncompress.conversion import convert
 from dyncompress.cost import CostModel, count_params, measure_macs, static_choices, widths
-from dyncompress.graph import trace
 from dyncompress.layers import Static
 from dyncompress.planning import make_plan
+from dyncompress.tracing import trace
 
 
 def test_a_static_network_by_hand():

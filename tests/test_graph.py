@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 import networks
 from dyncompress.errors import TraceError
-from dyncompress.graph import trace
 from dyncompress.narrowing import cut, positions
+from dyncompress.tracing import trace
 
 
 def outputs(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_something_can_be_cut_and_the_cut_network_runs(network):
     assert graph.groups
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "tracing left a trace"
     small = deepcopy(net)
-    cut(small, graph.axes, graph.seams, thirds(graph))
+    cut(small, graph, thirds(graph))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
     assert outputs(small, x).shape == outputs(net, x).shape
     trained = small.train()
@@ -45,9 +45,11 @@ def test_cutting_equals_zeroing_what_reads_the_channels(network):
     """The index maps are right: shapes alone would not show a wrong one."""
     net, x = networks.make(network)
     graph = trace(net, x)
+    if graph.rescaled:
+        pytest.skip(f"counts its channels: {graph.rescaled[0]}")
     kept = thirds(graph)
     small, zeroed = deepcopy(net), deepcopy(net)
-    cut(small, graph.axes, graph.seams, kept)
+    cut(small, graph, kept)
     readers = {op.weight: 0 if op.kind == "conv_transpose" else 1 for op in graph.operations if op.weight}
     with torch.no_grad():
         for name, dim in readers.items():
@@ -99,7 +101,7 @@ def test_grouped_convolutions_keep_their_groups_equal():
     net, x = networks.make(networks.Grouped)
     graph = trace(net, x)
     kept = thirds(graph)
-    cut(net, graph.axes, graph.seams, kept)
+    cut(net, graph, kept)
     conv = net.body[1][0]
     assert conv.groups == 4 and conv.in_channels % 4 == 0 == conv.out_channels % 4
     assert conv.weight.shape[1] == conv.in_channels // 4

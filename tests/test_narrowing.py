@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -57,7 +59,7 @@ def test_modules_learn_their_widths_and_parameters_keep_their_identity(module, a
     identities = [id(p) for p in net.parameters()]
     sizes = sorted(set(axes.values()))
     runs = {f"m.{key}": ((sizes.index(size), 0, size, 1),) for key, size in axes.items()}
-    cut(net, runs, {}, [range(0, size, 2) for size in sizes])
+    cut(net, SimpleNamespace(axes=runs, seams={}, counts={}), [range(0, size, 2) for size in sizes])
     assert {name: getattr(module, name) for name in expected} == expected
     assert [id(p) for p in net.parameters()] == identities
 
