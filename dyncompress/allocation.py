@@ -1,33 +1,61 @@
 """How many channels each width group keeps, so that the whole network lands on its target.
 
-First the ideal widths (the same ratio everywhere, or one importance threshold for all groups), then the nearest
-aligned widths, then single steps, ever finer, until the cost lies within the tolerance below the target.
+A multiple-choice knapsack: every group chooses one width, every width loses something (`near` an ideal, or a measured
+drop), and the widths together must not cost more than the target. Steps are taken in the order of what they lose per
+cost they save, which solves the linear relaxation of the problem, with the prices of all steps brought up to date
+after each (`marginal`). Then the nearest move of one group, or of two at once, that lands within the tolerance below
+the target; then exchanges that lose less at an equal cost.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from itertools import permutations, product
+from typing import Protocol
 
 import numpy as np
 
+from dyncompress.marginal import Expansion
+
+Array = np.ndarray
 Widths = list[int]
-QUANTA = (16, 8, 4, 2, 1)
+_UNALIGNED = 1 / 8
+"""An unaligned width is as bad as one that is off its ideal by this share of the group."""
+_PAIRS = 1200  # single moves whose pairs are looked through: a matrix of their square
+_EXCHANGES = 32
+_DETOURS = 64_000_000  # pairs looked through in all, where nothing lands at once
 
 
-def aligned(channels: int, floor: int, quantum: int) -> Widths:
-    """Widths that run fast: 8, 16, 24, then multiples of 16 (quantum 16); or all multiples of a smaller quantum.
+class Cost(Protocol):
+    """A cost as a function of the widths; it never falls when a width grows."""
+
+    def exact(self, keep: Sequence[int]) -> int:
+        """The cost."""
+        ...
+
+    def expand(self, keep: Sequence[int]) -> Expansion:
+        """The cost nearby."""
+        ...
+
+
+def aligned(channels: int, floor: int, each: int = 1) -> Widths:
+    """Widths that run fast: 8, 16, 24, then multiples of 16, between floor and channels.
 
     A width between two of them leaves vector registers partly empty: a batched dynamic convolution runs slower.
 
+    Args:
+        channels: Width of the original.
+        floor: Smallest width allowed.
+        each: Channels of a layer per channel of the group (the groups of a grouped convolution).
+
     Example:
-        >>> aligned(64, 8, 16)
+        >>> aligned(64, 8)
         [8, 16, 24, 32, 48, 64]
+        >>> aligned(8, 2, each=4)
+        [2, 4, 6, 8]
     """
-    steps = [8, *range(16, 25, 8), *range(32, channels, 16)] if quantum == 16 else range(quantum, channels, quantum)
-    return sorted({floor, channels, *(s for s in steps if floor < s < channels)})
+    fast = (w for w in range(floor + 1, channels) if w * each in (8, 24) or w * each % 16 == 0)
+    return sorted({floor, channels, *fast})
 
 
 def uniform(channels: Sequence[int], floors: Sequence[int]) -> Callable[[float], Widths]:
@@ -39,7 +67,7 @@ def uniform(channels: Sequence[int], floors: Sequence[int]) -> Callable[[float],
     return ideal
 
 
-def by_importance(scores: Sequence[np.ndarray], floors: Sequence[int]) -> Callable[[float], Widths]:
+def by_importance(scores: Sequence[Array], floors: Sequence[int]) -> Callable[[float], Widths]:
     """One threshold on the channels' scores for all groups: ``ideal(r)`` keeps the best ``r`` of all channels."""
     ranked = np.sort(np.concatenate(scores))[::-1] if scores else np.zeros(0)
 
@@ -50,129 +78,256 @@ def by_importance(scores: Sequence[np.ndarray], floors: Sequence[int]) -> Callab
     return ideal
 
 
+def affordable(ideal: Callable[[float], Widths], costs: Sequence[Cost], targets: Sequence[float]) -> Widths:
+    """The widest ideal that exceeds no target."""
+
+    def over(ratio: float) -> bool:
+        keep = ideal(ratio)
+        return any(cost.exact(keep) > target for cost, target in zip(costs, targets, strict=True))
+
+    ratios = [i / 4096 for i in range(4097)]
+    return ideal(ratios[max(0, bisect_left(ratios, True, key=over) - 1)])
+
+
+def near(ideal: Sequence[int], channels: Sequence[int], each: Sequence[int]) -> list[Array]:
+    """What a width loses by its distance from the ideal and by being unaligned, for widths 0 to channels."""
+    losses = []
+    for wanted, c, per in zip(ideal, channels, each, strict=True):
+        loss = ((np.arange(c + 1) - wanted) / c) ** 2 + _UNALIGNED**2
+        loss[aligned(c, 0, per)] -= _UNALIGNED**2
+        losses.append(loss)
+    return losses
+
+
 def allocate(
-    cost: Callable[[Widths], int],
-    ideal: Callable[[float], Widths],
-    channels: Sequence[int],
+    costs: Sequence[Cost],
+    targets: Sequence[float],
+    losses: Sequence[Array],
     floors: Sequence[int],
-    target: float,
     tolerance: float,
-    layers: Callable[[Widths], Sequence[int]] = tuple,
+    each: Sequence[int] | None = None,
 ) -> Widths:
-    """Widths whose cost lies in ``[(1 - tolerance) * target, target]``, as near to the ideal as steps allow.
+    """Widths that lose least among those whose cost lands on the target.
+
+    Minimises ``sum of losses[g][width of g]`` where every ``cost <= target`` and one of them is at least
+    ``(1 - tolerance) * target``.
 
     Args:
-        cost: Cost of a network of these widths; it never falls when a width grows.
-        ideal: Widths wanted at a ratio in [0, 1], growing with it.
-        channels: Widths of the original.
-        floors: Smallest widths allowed.
-        target: Cost to land on.
+        costs: What is limited.
+        targets: The limits.
+        losses: Per group, what keeping 0, 1, 2 ... channels loses; its length is the group's width and one.
+        floors: Smallest widths allowed; they exceed no target.
         tolerance: Relative distance that still counts as landed.
-        layers: Widths of the layers that result; as many of them as possible should be aligned.
+        each: Channels of a layer per channel of the group, for alignment.
 
     Returns:
-        One width per group. Where no combination lies within the tolerance, the nearest that was found.
+        One width per group. Where no combination was found within the tolerance, the nearest below.
     """
-    ratios = [i / 4096 for i in range(4097)]
-    wanted = ideal(ratios[max(0, bisect_left(ratios, target, key=lambda r: cost(ideal(r))) - 1)])
-    search = _Search(cost, layers, wanted, channels, floors, target, tolerance)
-    found = [search.run(quantum) for quantum in QUANTA]
-    landed = [keep for keep in found if search.landed(keep)]
-    return (
-        min(landed, key=search.departure) if landed else max(found, key=lambda keep: (cost(keep) <= target, cost(keep)))
-    )
+    return _Search(costs, targets, losses, floors, tolerance, each or [1] * len(floors)).run()
+
+
+class _Grid:
+    """Widths to choose from, and what each loses: arrays of one row per group, padded."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], losses: Sequence[Array]) -> None:
+        size = max(map(len, rows))
+        self.widths = np.array([[*row, *[row[0]] * (size - len(row))] for row in rows])
+        self.losses = np.full(self.widths.shape, np.inf)
+        for g, row in enumerate(rows):
+            self.losses[g, : len(row)] = losses[g][list(row)]
 
 
 class _Search:
-    """Moves by one step of a group's grid, each chosen by how little it departs from the ideal per cost it gains."""
+    """Widths, the cost around them as a share of the target, and moves to other widths."""
 
     def __init__(
         self,
-        cost: Callable[[Widths], int],
-        layers: Callable[[Widths], Sequence[int]],
-        wanted: Widths,
-        channels: Sequence[int],
+        costs: Sequence[Cost],
+        targets: Sequence[float],
+        losses: Sequence[Array],
         floors: Sequence[int],
-        target: float,
         tolerance: float,
+        each: Sequence[int],
     ) -> None:
-        self.cost, self.layers, self.wanted, self.channels, self.floors = cost, layers, wanted, channels, floors
-        self.target, self.tolerance = target, tolerance
+        self.costs, self.targets, self.losses, self.tolerance = costs, targets, losses, tolerance
+        self.floors = list(floors)
+        channels = [len(loss) - 1 for loss in losses]
+        self.all = range(len(channels))
+        if channels:
+            spans = list(zip(channels, floors, each, strict=True))
+            self.coarse = _Grid([aligned(c, f, per) for c, f, per in spans], losses)
+            self.fine = _Grid([range(f, c + 1) for c, f, _ in spans], losses)
+        self.best, self.reached = self.floors, 0.0
+        self.keep, self.near = self.floors, []  # type: Widths, list[Expansion]
 
-    def run(self, coarsest: int) -> Widths:
-        """From the nearest aligned widths, by steps of at most ``coarsest`` channels."""
-        grid = self._grid(QUANTA[0])
-        keep = [min(g, key=lambda x, w=w: (abs(x - w), -x)) for g, w in zip(grid, self.wanted, strict=True)]  # type: ignore[misc]
-        for quantum in QUANTA[QUANTA.index(coarsest) :]:
-            grid = [sorted({*a, *b}) for a, b in zip(grid, self._grid(quantum), strict=True)]
-            keep = self.climb(self.descend(keep, grid), grid)
-            if self.landed(keep):
-                return keep
-        return self.swap(keep, grid)
+    def run(self) -> Widths:
+        """Search; the best that was seen and exceeds no target."""
+        if not self.all:
+            return []
+        self.visit([f + int(np.argmin(loss[f:])) for f, loss in zip(self.floors, self.losses, strict=True)])
+        self.descend()
+        self.climb()
+        self.visit(self.keep)
+        settled = self.keep
+        if not self.land():
+            for start in (settled, [len(loss) - 1 for loss in self.losses], self.floors):
+                if self.detour(start):
+                    break
+        if self.landed(self.reached):
+            self.exchange()
+        return self.best
 
-    def _grid(self, quantum: int) -> list[Widths]:
-        return [aligned(c, f, quantum) for c, f in zip(self.channels, self.floors, strict=True)]
+    # ---- where we stand ------------------------------------------------------------------------------------------
 
-    def departure(self, keep: Widths) -> float:
-        """Distance from the ideal, plus the share of layers whose width is unaligned: they run slower."""
-        widths = self.layers(keep)
-        unaligned = sum(w not in aligned(w + 1, 8, QUANTA[0]) for w in widths) / max(len(widths), 1)
-        return math.sqrt(sum(self._penalty(g, k) for g, k in enumerate(keep))) + unaligned
+    def visit(self, keep: Widths) -> None:
+        """Stand at some widths, with costs from the cost model; remember them where they are the best so far."""
+        self.keep = list(keep)
+        self.near = []
+        for cost, target in zip(self.costs, self.targets, strict=True):
+            found = cost.expand(keep)
+            self.near.append(Expansion(found.value / target, found.slope / target, found.curvature / target))
+        load = self.load
+        better = self.loss(self.keep) < self.loss(self.best) if self.landed(self.reached) else load > self.reached
+        if load <= 1 and better and (self.landed(load) or not self.landed(self.reached)):
+            self.best, self.reached = self.keep, load
 
-    def landed(self, keep: Widths) -> bool:
-        return (1 - self.tolerance) * self.target <= self.cost(keep) <= self.target
+    @property
+    def load(self) -> float:
+        """Cost over target, of the limit that is nearest to being broken."""
+        return max(e.value for e in self.near)
 
-    def _penalty(self, group: int, width: int) -> float:
-        return ((width - self.wanted[group]) / self.channels[group]) ** 2
+    def landed(self, load: float) -> bool:
+        return 1 - self.tolerance <= load <= 1
 
-    def _moves(self, keep: Widths, grid: list[Widths], step: int) -> list[tuple[Widths, float, int]]:
-        here = self.cost(keep)
-        found = []
-        for g, width in enumerate(keep):
-            at = grid[g].index(width) + step
-            if 0 <= at < len(grid[g]):
-                moved = [*keep[:g], grid[g][at], *keep[g + 1 :]]
-                change = self.cost(moved) - here
-                if change:
-                    found.append((moved, self._penalty(g, grid[g][at]) - self._penalty(g, width), change))
-        return found
+    def loss(self, keep: Widths) -> float:
+        return float(sum(loss[w] for loss, w in zip(self.losses, keep, strict=True)))
 
-    def descend(self, keep: Widths, grid: list[Widths]) -> Widths:
-        """Narrow until the target is met."""
-        while self.cost(keep) > self.target:
-            moves = self._moves(keep, grid, -1)
-            if not moves:
-                break
-            over = self.cost(keep) - self.target
-            enough = [m for m in moves if -m[2] >= over]  # the last move: the gentlest that gets there
-            keep = min(enough, key=lambda m: m[1])[0] if enough else min(moves, key=lambda m: m[1] / -m[2])[0]
-        return keep
+    def move(self, group: int, width: int) -> None:
+        for e in self.near:
+            e.move(group, width - self.keep[group])
+        self.keep = [*self.keep[:group], width, *self.keep[group + 1 :]]
 
-    def climb(self, keep: Widths, grid: list[Widths]) -> Widths:
-        """Widen while the target allows."""
-        while not self.landed(keep):
-            room = self.target - self.cost(keep)
-            moves = [m for m in self._moves(keep, grid, +1) if 0 < m[2] <= room]
-            if not moves:
-                break
-            keep = min(moves, key=lambda m: m[1] / m[2])[0]
-        return keep
+    # ---- moves of one group --------------------------------------------------------------------------------------
 
-    def swap(self, keep: Widths, grid: list[Widths]) -> Widths:
-        """Widen one group and narrow another where single steps stop short."""
-        best, far = (
-            keep,
-            4 if len(keep) <= 12 else 1,
-        )  # many groups leave many single steps: a short look will do
-        for up, down in permutations(range(len(keep)), 2):
-            for i, j in product(range(1, far + 1), repeat=2):
-                above, below = grid[up].index(keep[up]) + i, grid[down].index(keep[down]) - j
-                if above >= len(grid[up]) or below < 0:
-                    continue
-                moved = list(keep)
-                moved[up], moved[down] = grid[up][above], grid[down][below]
-                if self.cost(best) < self.cost(moved) <= self.target:
-                    best = moved
-                    if self.landed(best):
-                        return best
-        return best
+    def _moves(self, grid: _Grid) -> tuple[Array, Array, list[Array]]:
+        """Change of width, loss, and every cost's share, for each entry of a grid."""
+        deltas = grid.widths - np.array(self.keep)[:, None]
+        here = np.array([loss[w] for loss, w in zip(self.losses, self.keep, strict=True)])
+        return deltas, grid.losses - here[:, None], [e.steps(deltas) for e in self.near]
+
+    def _take(self, grid: _Grid, rating: Array) -> bool:
+        """Make the move of lowest rating; False where every one is ruled out."""
+        at = np.unravel_index(np.argmin(rating), rating.shape)
+        if not rating[at] < np.inf:
+            return False
+        self.move(int(at[0]), int(grid.widths[at]))
+        return True
+
+    def descend(self) -> None:
+        """Narrow by what is lost per cost saved, until no target is exceeded."""
+        for grid in (self.coarse, self.fine):
+            while self.load > 1:
+                deltas, lost, changes = self._moves(grid)
+                # A step saves no more than is asked: what it saves beyond that is no merit.
+                saved = sum(np.minimum(-c, e.value - 1) for e, c in zip(self.near, changes, strict=True) if e.value > 1)
+                if not self._take(grid, _ratio(lost, saved, deltas < 0)):
+                    break
+
+    def climb(self) -> None:
+        """Widen by what is lost, or won, per cost added, while the target allows."""
+        for _ in range(self.coarse.widths.size):
+            if self.landed(self.load):
+                return
+            deltas, lost, changes = self._moves(self.coarse)
+            fits = np.all([e.value + c <= 1 for e, c in zip(self.near, changes, strict=True)], axis=0)
+            binding = max(range(len(self.near)), key=lambda q: self.near[q].value)
+            if not self._take(self.coarse, _ratio(lost, changes[binding], fits & (deltas > 0))):
+                return
+
+    def land(self) -> bool:
+        """Move one group, or two, so that the cost lies within the tolerance, or as near below as moves allow."""
+        for _ in range(6):
+            if self.landed(self.load):
+                return True
+            if not any(move(nearest) for nearest in (False, True) for move in (self._one, self._two)):
+                return False
+            self.visit(self.keep)  # the expansion promises; the cost model tells
+        return self.landed(self.load)
+
+    def _one(self, nearest: bool) -> bool:
+        _, lost, changes = self._moves(self.fine)
+        load = np.max([e.value + c for e, c in zip(self.near, changes, strict=True)], axis=0)
+        return self._take(self.fine, self._rated(load, np.where(np.isfinite(lost), lost, np.inf), nearest))
+
+    def _rated(self, load: Array, lost: Array, nearest: bool) -> Array:
+        """Loss of the moves that land; or the distance left by those that come nearer from below."""
+        if nearest:
+            return np.where((load <= 1) & (load > self.reached + 1e-9) & np.isfinite(lost), 1 - load, np.inf)
+        return np.where((load >= 1 - self.tolerance) & (load <= 1), lost, np.inf)
+
+    # ---- moves of two groups -------------------------------------------------------------------------------------
+
+    def _two(self, nearest: bool) -> bool:
+        return self._pair(self.fine, lambda load, lost: self._rated(load, lost, nearest))
+
+    def _pair(self, grid: _Grid, rate: Callable[[Array, Array], Array]) -> bool:
+        """Make the pair of moves of lowest rating, among the moves to near widths."""
+        deltas, lost, changes = self._moves(grid)
+        usable = np.where(np.isfinite(lost) & (deltas != 0), np.abs(deltas), np.inf)
+        columns = np.argsort(usable, axis=1, kind="stable")[:, : max(2, _PAIRS // len(self.keep))]
+        rows = np.broadcast_to(np.arange(len(self.keep))[:, None], columns.shape)
+        chosen = np.isfinite(usable[rows, columns])
+        rows, columns = rows[chosen], columns[chosen]
+        if not len(rows):
+            return False
+        d, l1 = deltas[rows, columns].astype(float), lost[rows, columns]
+        load = np.full((len(d), len(d)), -np.inf)
+        for e, change in zip(self.near, changes, strict=True):
+            c = change[rows, columns]
+            both = e.value + c[:, None] + c + e.curvature[rows[:, None], rows] * d[:, None] * d
+            np.maximum(load, both, out=load)
+        rating = rate(load, np.where(rows[:, None] < rows, l1[:, None] + l1, np.inf))
+        pair = np.unravel_index(np.argmin(rating), rating.shape)
+        if not rating[pair] < np.inf:
+            return False
+        for at in pair:
+            self.move(int(rows[at]), int(grid.widths[rows[at], columns[at]]))
+        return True
+
+    def detour(self, start: Widths) -> bool:
+        """Where no move of one or two groups lands: a third is moved first, nearest widths first."""
+        self.visit(start)
+        deltas, lost, _ = self._moves(self.fine)
+        steps = np.where(np.isfinite(lost) & (deltas != 0), np.abs(deltas), np.inf)
+        possible = int(np.isfinite(steps).sum())
+        tries = min(possible, _DETOURS // min(max(possible, 1), _PAIRS) ** 2)
+        for flat in np.argsort(steps, axis=None, kind="stable")[:tries]:
+            group, column = np.unravel_index(flat, steps.shape)
+            keep = list(start)
+            keep[group] = int(self.fine.widths[group, column])
+            self.visit(keep)
+            if self.land():
+                return True
+        return False
+
+    def exchange(self) -> None:
+        """Widen one group and narrow another where that loses less."""
+        self.visit(self.best)
+
+        def gain(load: Array, lost: Array) -> Array:
+            return np.where(lost < -1e-9, self._rated(load, lost, nearest=False), np.inf)
+
+        for grid in (self.coarse, self.fine):
+            for _ in range(_EXCHANGES):
+                if not self._pair(grid, gain):
+                    break
+                self.visit(self.keep)
+                if self.best != self.keep:  # the expansion promised more than the cost model grants
+                    self.visit(self.best)
+                    break
+
+
+def _ratio(lost: Array, gained: Array, allowed: Array) -> Array:
+    """Loss per gain, infinite where a move isn't allowed or gains nothing."""
+    allowed = allowed & (gained > 0) & np.isfinite(lost)
+    return np.where(allowed, lost / np.where(allowed, gained, 1), np.inf)

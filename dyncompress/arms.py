@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dyncompress.budget import UNITS, Limit
 from dyncompress.errors import DynCompressError
 from dyncompress.latency import Latency
 
+TOLERANCE = 0.01  # of the target: what a planner reaches when widths come in steps
 NOISE = 0.05  # latencies of whole networks that differ by less are equal, on a machine that is not exclusive
 SAME_COST = 0.02  # control and student may differ by this fraction of their MACs: each hits the target within 1 %
 
@@ -120,6 +122,33 @@ class Arm:
 def are_shares(scores: Iterable[float]) -> bool:
     """Whether scores are fractions of 1, which a person reads as percent."""
     return all(0 <= score <= 1 for score in scores)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One limit of the target, asked and achieved, as fractions of the original; None where it wasn't measured."""
+
+    limit: Limit
+    asked: float
+    achieved: float | None
+
+    @property
+    def above(self) -> bool:
+        """Whether the limit is exceeded, by more than its tolerance."""
+        return self.achieved is not None and self.achieved / self.asked - 1 > self._tolerance
+
+    @property
+    def below(self) -> bool:
+        """Whether the limit isn't reached, by more than its tolerance."""
+        return self.achieved is not None and 1 - self.achieved / self.asked > self._tolerance
+
+    @property
+    def _tolerance(self) -> float:
+        return NOISE if self.limit.quantity == "latency" else TOLERANCE
+
+    def __str__(self) -> str:
+        reached = "not measured" if self.achieved is None else f"{self.achieved:.1%}"
+        return f"asked {self.limit.text}, achieved {reached} of the original's {UNITS[self.limit.quantity]}"
 
 
 def notes(original: Arm, static: Arm | None, student: Arm) -> list[str]:

@@ -14,7 +14,7 @@ else: in no state dict of the module, no optimizer, no DDP bucket.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from dyncompress.budget import Budget, readable
+from dyncompress.budget import Budget, Target, readable
 from dyncompress.checkpoint import load_weights, read_plan
 from dyncompress.conversion import plan_of, recalibrate, resolve
 from dyncompress.distillation import DistillConfig, Teacher
@@ -63,7 +63,8 @@ class DynCompress(*_BASES):  # type: ignore[misc]
     """Narrow a network to a target, make its convolutions dynamic, and train it against the original.
 
     Args:
-        target: Share of the original's MACs (``0.33``, ``"33%"``), or an absolute cost; see `make_plan`.
+        target: Share of the original's MACs (``0.33``, ``"33%"``), or an absolute cost, or several limits
+            (``"33%, 50% params"``); see `make_plan`.
         method: Registered name of the dynamic convolution, or ``"static"``: the control arm.
         options: The method's options.
         plan: Instead of a target: a plan, its JSON file, or a checkpoint that holds one.
@@ -72,8 +73,12 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         distill: How the student learns; False for no teacher.
         module: Name of the network in the LightningModule, where there are several; ``""`` is the LightningModule.
         example: What the network's ``forward`` takes. By default it is seen in the first training batch.
-        allocation: How widths are found; see `make_plan`.
+        allocation: How widths are found: ``"uniform"`` or ``"importance"``; see `make_plan`. For ``"sensitivity"``,
+            which takes measurements, make the plan yourself and pass it as ``plan``.
+        importance: Which channels stay: ``"magnitude"`` or ``"bn"``. For ``"taylor"``, which takes data, likewise.
         ignore: Layers to leave alone; see `make_plan`.
+        static: Layers to narrow and leave static; see `make_plan`.
+        floors: What layers keep of their width at least; see `make_plan`.
         recalibrate: Training batches to estimate BatchNorm statistics on before training starts; 0 for none.
         save_teacher: Put the teacher's weights into the checkpoints, so that a resumed run finds it there.
         seed: Of what tells the kernels of a dynamic layer apart.
@@ -89,7 +94,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
 
     def __init__(
         self,
-        target: str | float | None = None,
+        target: Target | None = None,
         *,
         method: str = "dynet",
         options: dict[str, Any] | None = None,
@@ -99,7 +104,10 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         module: str | None = None,
         example: Any = None,
         allocation: str = "uniform",
+        importance: str = "magnitude",
         ignore: Sequence[str] = (),
+        static: Sequence[str] = (),
+        floors: Mapping[str, int | float] | None = None,
         recalibrate: int = 8,
         save_teacher: bool = False,
         seed: int = 0,
@@ -109,11 +117,19 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             raise PlanError("DynCompress has neither target nor plan; give target='33%', say, or plan= a file")
         if target is not None:
             Budget.parse(target)
+        if allocation == "sensitivity" or importance == "taylor":
+            raise PlanError(
+                f"DynCompress(allocation={allocation!r}, importance={importance!r}) would need data before training"
+                " starts; make the plan with make_plan, which takes it, and pass it as plan="
+            )
         get_method(method, **(options or {}))
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
             raise DynCompressError(f"recalibrate {recalibrate!r} is no number of batches; 8 is usual, 0 leaves it out")
         self.target, self.method, self.options, self.plan = target, method, options, plan
-        self.allocation, self.ignore, self.seed = allocation, ignore, seed
+        self.shape: dict[str, Any] = {
+            "allocation": allocation, "importance": importance, "ignore": ignore, "static": static, "floors": floors
+        }  # fmt: skip
+        self.seed = seed
         self.distill = (DistillConfig() if distill else None) if isinstance(distill, bool) else distill
         self.teacher, self.save_teacher = teacher, save_teacher
         self.module, self.example, self.recalibrate = module, example, recalibrate
@@ -276,10 +292,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         else:
             assert self.target is not None
             example = example_of(trainer, module, network) if self.example is None else placed(self.example, network)
-            plan = make_plan(
-                inner, example, self.target, self.method,
-                options=self.options, allocation=self.allocation, ignore=self.ignore,
-            )  # fmt: skip
+            plan = make_plan(inner, example, self.target, self.method, options=self.options, **self.shape)
         return resolve(inner, plan)
 
     def _make_teacher(self, trainer: Any, student: Student) -> Teacher | None:
@@ -296,7 +309,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
     def _take_over(self, student: Student) -> None:
         """Go on with a network that somebody else converted."""
         assert student.plan is not None
-        if self.target is not None and self.plan is None and Budget.parse(self.target).text != student.plan.target:
+        if self.target is not None and self.plan is None and str(Budget.parse(self.target)) != student.plan.target:
             raise PlanError(
                 f"the network is converted already, to {student.plan.target}, and the callback asks for {self.target};"
                 " build the original network anew, or ask for the same target"
@@ -336,7 +349,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
     # ---- the rest ------------------------------------------------------------------------------------------------
 
     def _told(self, plan: Plan) -> str:
-        asked = plan.target if self.target is None or self.plan is not None else Budget.parse(self.target).text
+        asked = plan.target if self.target is None or self.plan is not None else str(Budget.parse(self.target))
         other = "" if asked == plan.target else f" (a checkpoint's plan for {plan.target} decides)"
         return (
             f"DynCompress: asked {asked}{other}, reached {plan.ratio:.2%} of the MACs ({readable(plan.macs_before)} >"

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dyncompress import __version__
 from dyncompress.allocator import keep_freed_memory
+from dyncompress.budget import Budget
 from dyncompress.errors import DynCompressError, RecipeError
 from dyncompress.layers import get_method, list_methods
 from dyncompress.recipe import read_recipe
@@ -86,9 +87,14 @@ def _plan(words: Sequence[str]) -> None:
     recipe = read_recipe(words, "dyncompress plan")
     subject = Subject.of(recipe)
     network = subject.network(subject.model)
-    reach = reachable(network, subject.example, recipe.method, options=recipe.options, ignore=recipe.ignore)
     console = _console()
-    console.print(f"reachable with {recipe.method}: {reach}", highlight=False)
+    for quantity in dict.fromkeys(["macs", *(limit.quantity for limit in Budget.parse(recipe.target).limits)]):
+        if quantity != "latency":
+            reach = reachable(
+                network, subject.example, recipe.method, options=recipe.options, ignore=recipe.ignore,
+                static=recipe.static, floors=recipe.floors, quantity=quantity,
+            )  # fmt: skip
+            console.print(f"reachable with {recipe.method}: {reach}", highlight=False)
     plan = subject.plan()
     console.print(plan.table())
     if recipe.out:

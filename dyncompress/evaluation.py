@@ -53,8 +53,8 @@ def evaluate(net: nn.Module, loader: Iterable[Any], *, device: torch.device | st
         # An epoch of a DataLoader draws from the global generator; training that follows must not notice.
         with evaluating(net), torch.random.fork_rng(devices=()), torch.inference_mode():
             for batch in loader:
-                inputs, labels = move(_split(batch), place)
-                logits = _logits(run(net, inputs))
+                inputs, labels = move(labelled(batch), place)
+                logits = logits_of(run(net, inputs))
                 if metric is None:
                     metric = MulticlassAccuracy(logits.shape[1], average="micro").to(place)
                 _check_fit(logits, labels)
@@ -86,8 +86,12 @@ def param_bytes(net: nn.Module) -> int:
     return _bytes(net.parameters())
 
 
-def _split(batch: Any) -> tuple[Any, Tensor]:
-    """(inputs, labels) of what a loader yields."""
+def labelled(batch: Any) -> tuple[Any, Tensor]:
+    """Inputs and labels of what a loader yields; see `evaluate`.
+
+    Raises:
+        DynCompressError: If it is no labelled batch.
+    """
     inputs: Any
     if isinstance(batch, Mapping):
         named = {str(key): value for key, value in batch.items()}
@@ -109,7 +113,12 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
     return inputs, labels
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """Logits (B, classes, ...) in what a network gives.
+
+    Raises:
+        DynCompressError: If there are none.
+    """
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(found, Tensor) or found.ndim < 2 or found.shape[1] < 2:
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""

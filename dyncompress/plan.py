@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dyncompress.budget import readable
+from dyncompress.budget import UNITS, Budget, Limit, readable
 from dyncompress.cost import Choice, CostModel, narrow_spec, operation_macs, static_choices, widths
 from dyncompress.errors import DynCompressError, PlanError
 from dyncompress.graph import ConvGraph, Group, Operation
@@ -59,7 +59,8 @@ class Plan:
         method: Registered name of the plan's method.
         options: Its options.
         target: What was asked, as text.
-        allocation: How the widths were found: ``uniform``, ``importance``, or ``edited``.
+        allocation: How the widths were found: ``uniform``, ``importance``, ``sensitivity``, or ``edited``.
+        importance: How channels were ranked: ``magnitude``, ``bn`` or ``taylor``.
     """
 
     graph: ConvGraph
@@ -69,6 +70,7 @@ class Plan:
     options: dict[str, Any]
     target: str
     allocation: str
+    importance: str = "magnitude"
 
     # ---- numbers -------------------------------------------------------------------------------------------------
 
@@ -110,6 +112,21 @@ class Plan:
     def ratio(self) -> float:
         """MACs of the student over those of the original."""
         return self.macs_after / self.macs_before
+
+    @property
+    def params_ratio(self) -> float:
+        """Parameters of the student over those of the original."""
+        return self.params_after / self.params_before
+
+    @property
+    def asked(self) -> list[tuple[Limit, float, float]]:
+        """Every limit of the target on MACs or parameters, and its value asked and achieved, as fractions."""
+        found = []
+        for limit in Budget.parse(self.target).limits:
+            if limit.quantity != "latency":  # a matter of the machine, not of the plan
+                before, after = (getattr(self, f"{limit.quantity}_{when}") for when in ("before", "after"))
+                found.append((limit, limit.fraction(before), after / before))
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -156,8 +173,10 @@ class Plan:
         """The plan as a table for a terminal."""
         table = Table(
             title=f"{self.method} at {self.target}: {readable(self.macs_after)} of {readable(self.macs_before)} MACs"
-            f" ({self.ratio:.2%}), {readable(self.params_after)} of {readable(self.params_before)} parameters",
-            caption=f"widths: {self.allocation}; MACs of one image, kernel assembly and routers included",
+            f" ({self.ratio:.2%}), {readable(self.params_after)} of {readable(self.params_before)} parameters"
+            f" ({self.params_ratio:.2%})",
+            caption=f"{self._told()}widths: {self.allocation}, channels by {self.importance};"
+            " MACs of one image, kernel assembly and routers included",
             title_style="bold",
         )
         for column, justify in (("layer", "left"), ("in", "right"), ("out", "right"), ("method", "left"),
@@ -175,6 +194,10 @@ class Plan:
             )
         return table
 
+    def _told(self) -> str:
+        told = [f"asked {a:.2%} of the {UNITS[limit.quantity]}, achieved {b:.2%}; " for limit, a, b in self.asked]
+        return "".join(told)
+
     def __str__(self) -> str:
         text = io.StringIO()
         Console(width=140, file=text).print(self.table())
@@ -191,10 +214,12 @@ class Plan:
             "method": self.method,
             "options": self.options,
             "allocation": self.allocation,
+            "importance": self.importance,
             "summary": {
                 "macs": [self.macs_before, self.macs_after],
                 "params": [self.params_before, self.params_after],
                 "ratio": round(self.ratio, 6),
+                "asked": {limit.text: [round(a, 6), round(b, 6)] for limit, a, b in self.asked},
             },
             "groups": [
                 {"name": g.name, "channels": g.channels, "keep": k if isinstance(k, int) else _ranges(k)}
@@ -244,7 +269,10 @@ class Plan:
             known = [op.module for op in graph.convs]
             if [c.name for c in choices] != known:
                 raise PlanError(f"the plan's layers are {[c.name for c in choices]}; the network's are {known}")
-            plan = cls(graph, keep, choices, data["method"], data["options"], data["target"], data["allocation"])
+            plan = cls(
+                graph, keep, choices, data["method"], data["options"], data["target"], data["allocation"],
+                data.get("importance", "magnitude"),  # the only one there was when plans did not name it
+            )  # fmt: skip
             asked = data["summary"]["macs"][1]
             return plan if plan.macs_after == asked else dataclasses.replace(plan, allocation="edited")
         except DynCompressError as error:
@@ -307,6 +335,9 @@ def _graph_to_dict(graph: ConvGraph) -> dict[str, Any]:
         "groups": [[g.name, g.channels] for g in graph.groups],
         "axes": graph.axes,
         "seams": graph.seams,
+        "counts": graph.counts,
+        "unseen": graph.unseen,
+        "rescaled": graph.rescaled,
         "parameters": graph.parameters,
     }
 
@@ -321,5 +352,6 @@ def _graph_from_dict(data: dict[str, Any]) -> ConvGraph:
         if entry["spec"] is not None:
             fields["spec"] = ConvSpec(**{k: tuples(v) for k, v in entry["spec"].items()})
         operations.append(Operation(**fields))
-    named = {part: {k: tuples(v) for k, v in data[part].items()} for part in ("axes", "seams", "parameters")}
-    return ConvGraph(tuple(operations), tuple(Group(*g) for g in data["groups"]), **named)
+    named = {part: {k: tuples(v) for k, v in data[part].items()} for part in ("axes", "seams", "parameters", "counts")}
+    notes = {part: tuple(data[part]) for part in ("unseen", "rescaled")}
+    return ConvGraph(tuple(operations), tuple(Group(*g) for g in data["groups"]), **named, **notes)

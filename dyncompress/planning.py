@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from dyncompress.allocation import Widths, allocate, by_importance, uniform
-from dyncompress.budget import Budget, readable
+from dyncompress.allocation import Widths, affordable, allocate, by_importance, near, uniform
+from dyncompress.budget import UNITS, Budget, Limit, Target, readable
 from dyncompress.conversion import convert
 from dyncompress.cost import Choice, CostModel, static_choices, widths
 from dyncompress.errors import BudgetError, PlanError
 from dyncompress.evaluation import measure_latency
-from dyncompress.graph import ConvGraph, Operation, trace
-from dyncompress.importance import importance
+from dyncompress.graph import ConvGraph, Operation, extent
+from dyncompress.importance import best, importance
 from dyncompress.layers import ConvSite, Method, Static, get_method
+from dyncompress.marginal import Terms
 from dyncompress.plan import Plan
+from dyncompress.ranking import Ranking, check, rank
+from dyncompress.selection import Floors, Patterns, held, named, smallest
+from dyncompress.sensitivity import Sensitivity
+from dyncompress.taylor import Loss
+from dyncompress.tracing import trace
 
-ALLOCATIONS = ("uniform", "importance")
-_UNITS = {"macs": "MACs", "params": "parameters"}
+ALLOCATIONS = ("uniform", "importance", "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -37,25 +40,50 @@ class Reach:
     def __str__(self) -> str:
         low, high = self.lowest / self.original, self.highest / self.original
         return (
-            f"{readable(self.lowest)} to {readable(self.highest)} {_UNITS[self.quantity]}"
+            f"{readable(self.lowest)} to {readable(self.highest)} {UNITS[self.quantity]}"
             f" ({low:.1%} to {high:.1%} of {readable(self.original)})"
         )
 
 
 class Problem:
-    """A network, a method and what may not be touched: everything about a plan but its target."""
+    """A network, a method and what may not be touched: everything about a plan but its target.
+
+    Args:
+        net: The network.
+        graph: Its channel graph.
+        method: What its convolutions become.
+        ignore: Layers to leave as they are.
+        min_width: Channels that a group keeps at least.
+        floors: Layers and the channels, or the share of them, that each keeps at least.
+        static: Layers to narrow and leave static.
+        ranking: Which channels go first; by magnitude where none is given.
+        sensitivity: What the score loses by each group's width, for the allocation of that name.
+    """
 
     def __init__(
-        self, net: nn.Module, graph: ConvGraph, method: Method, ignore: Sequence[str | type], min_width: int
+        self,
+        net: nn.Module,
+        graph: ConvGraph,
+        method: Method,
+        ignore: Patterns = (),
+        min_width: int = 8,
+        *,
+        floors: Floors | None = None,
+        static: Patterns = (),
+        ranking: Ranking | None = None,
+        sensitivity: Sensitivity | None = None,
     ) -> None:
         self.net, self.graph, self.method = net, graph, method
-        ignored = _ignored(net, graph, ignore)
-        self.choices = [_choice(op, method, ignored, graph.convs[0].module) for op in graph.convs]
+        self.ranking, self.sensitivity = ranking, sensitivity
+        reasons = {
+            name: f"static: asked by {pattern!r}" for name, pattern in named(net, graph, static, "static").items()
+        }
+        ignored = {name: f"ignored by {pattern!r}" for name, pattern in named(net, graph, ignore, "ignore").items()}
+        self.choices = [_choice(op, method, {**reasons, **ignored}, graph.anchor) for op in graph.convs]
         self.full = widths(graph)
-        held = _held(graph, ignored)
-        self.floors = [
-            c if g in held else min(min_width, max(1, c // 4)) for g, c in enumerate(self.full)
-        ]  # fmt: skip
+        kept = held(graph, ignored)
+        least = smallest(net, graph, floors or {}, min_width)
+        self.floors = [c if g in kept else floor for g, (c, floor) in enumerate(zip(self.full, least, strict=True))]
         self.model = CostModel(graph, self.choices)
         self.before = CostModel(graph, static_choices(graph, Static()))
 
@@ -65,40 +93,75 @@ class Problem:
         return Reach(quantity, before(self.full), after(self.floors), after(self.full))
 
     def solve(self, budget: Budget, allocation: str, tolerance: float) -> Plan:
-        """The plan that lands on a budget of MACs or parameters."""
-        reach = self.reach(budget.quantity)
-        target = budget.absolute(reach.original)
-        if not reach.lowest <= target * (1 + tolerance) or target * (1 - tolerance) > reach.highest:
-            why = "; ".join(f"{name}: {reason}" for name, reason in list(self.graph.pinned.items())[:5])
-            raise BudgetError(
-                f"target '{budget.text}' ({readable(target)} {_UNITS[budget.quantity]}) can't be reached with method"
-                f" '{self.method.name}': {reach}; choose a target in that range, lower min_width, or free layers"
-                f" (width kept: {why or 'none'})"
+        """The plan that lands on a budget of MACs, parameters or both.
+
+        Raises:
+            BudgetError: If a limit is out of reach.
+        """
+        reaches = {limit.quantity: self.reach(limit.quantity) for limit in budget.limits}
+        targets = [limit.absolute(reaches[limit.quantity].original) for limit in budget.limits]
+        self._check(budget.limits, targets, list(reaches.values()), tolerance)
+        costs = [Terms(self.model, limit.quantity) for limit in budget.limits]
+        each = _multiples(self.graph)
+        if allocation == "sensitivity":
+            assert self.sensitivity is not None
+            losses = self.sensitivity.losses(self.graph)
+        else:
+            by_score = allocation == "importance"
+            ideal = by_importance(self._scores(), self.floors) if by_score else uniform(self.full, self.floors)
+            losses = near(affordable(ideal, costs, targets), self.full, each)
+        keep = allocate(costs, targets, losses, self.floors, tolerance, each)
+        return self.plan(keep, str(budget), allocation)
+
+    def _check(self, limits: Sequence[Limit], targets: Sequence[float], reaches: Sequence[Reach], near: float) -> None:
+        """Raise where a limit is below the range, or all of them are above it."""
+        found = list(zip(limits, targets, reaches, strict=True))
+        beyond = [f for f in found if f[1] < f[2].lowest]
+        if not beyond and all(r.lowest < r.highest < t * (1 - near) for _, t, r in found):
+            beyond = found
+        if not beyond:
+            return
+        asked = " and ".join(f"'{limit.text}' ({readable(t)} {UNITS[limit.quantity]})" for limit, t, _ in beyond)
+        ranges = " and ".join(str(reach) for _, _, reach in beyond)
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(self.graph.pinned.items())[:5])
+        free = "choose a target in that range, lower min_width or floors, or free layers"
+        if all(r.lowest == r.highest for _, _, r in found):  # which may be above 100 %: dynamic, and not narrowed
+            free = "no width can change; ask for " + " and ".join(
+                f"{r.highest} {UNITS[r.quantity]}" for *_, r in beyond
             )
-        cost = getattr(self.model, budget.quantity)
-        ideal = (
-            by_importance(importance(self.net, self.graph), self.floors)
-            if allocation == "importance"
-            else uniform(self.full, self.floors)
+        raise BudgetError(
+            f"target {asked} can't be reached with method '{self.method.name}': {ranges}; {free}"
+            f" (width kept: {why or 'none'})"
         )
-        keep = allocate(cost, ideal, self.full, self.floors, target, tolerance, self.model.out_widths)
-        return self.plan(keep, budget.text, allocation)
+
+    def _scores(self) -> list[Any]:
+        return self.ranking.scores if self.ranking is not None else importance(self.net, self.graph)
 
     def plan(self, keep: Widths, target: str, allocation: str) -> Plan:
-        """A plan of given widths."""
+        """A plan of given widths; which channels stay is left to `convert`, where magnitude decides."""
         options = {k: v for k, v in vars(self.method).items() if not k.startswith("_")}
-        return Plan(self.graph, tuple(keep), tuple(self.choices), self.method.name, options, target, allocation)
+        kept: list[int | tuple[int, ...]] = list(keep)
+        if self.ranking is not None and self.ranking.name != "magnitude":
+            kept = [best(s, k) if k < len(s) else k for s, k in zip(self.ranking.scores, keep, strict=True)]
+        by = self.ranking.name if self.ranking is not None else "magnitude"
+        return Plan(self.graph, tuple(kept), tuple(self.choices), self.method.name, options, target, allocation, by)
 
 
 def make_plan(
     net: nn.Module,
     example: Any,
-    target: str | float = "33%",
+    target: Target = "33%",
     method: str | Method = "dynet",
     *,
     options: Mapping[str, Any] | None = None,
     allocation: str = "uniform",
-    ignore: Sequence[str | type] = (),
+    importance: str = "magnitude",
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    sensitivity: Sensitivity | None = None,
+    ignore: Patterns = (),
+    static: Patterns = (),
+    floors: Floors | None = None,
     min_width: int = 8,
     tolerance: float = 0.01,
 ) -> Plan:
@@ -108,13 +171,23 @@ def make_plan(
         net: Any trained network.
         example: What its ``forward`` takes: a tensor, a tuple of arguments, or a dict of keyword arguments.
         target: Fraction of the original (``0.33``, ``"33%"``) or absolute cost (``"1.2G"``), of MACs by default, of
-            parameters (``"40% params"``) or of measured batch-1 latency (``"60% latency"``).
+            parameters (``"40% params"``) or of measured batch-1 latency (``"60% latency"``). Several hold at once:
+            ``"33%, 50% params"``; none is exceeded, and the one that binds is landed on.
         method: Registered name (see ``dyncompress methods``), or a method with its options. ``"static"`` narrows
             only: the control arm.
         options: Options of a method given by name.
-        allocation: ``"uniform"``: one ratio everywhere; ``"importance"``: one threshold on the channels' magnitude.
+        allocation: How many channels each group keeps. ``"uniform"``: the same ratio everywhere; ``"importance"``:
+            one threshold on the channels' importance; ``"sensitivity"``: the least sum of measured score drops.
+        importance: Which channels stay: ``"magnitude"`` of the weights, ``"bn"``: scales of the BatchNorms,
+            ``"taylor"``: estimated change of the loss on ``batches``.
+        batches: For ``importance="taylor"``: a few batches, labelled as `evaluate` takes them (or as ``loss`` does).
+        loss: For ``importance="taylor"``: ``loss(net, batch)``; cross-entropy of logits and labels by default.
+        sensitivity: For ``allocation="sensitivity"``: what `dyncompress.sensitivity.measure` gives.
         ignore: Layers to leave as they are, by name (globs such as ``"layer1.*"``) or by type (``nn.Conv1d`` or
             ``"Conv1d"``).
+        static: Layers to narrow and not to make dynamic, likewise.
+        floors: Layers and what they keep of their output channels at least, a number or a share:
+            ``{"layer4.*": 0.5, "conv1": 24}``. With ``1.0`` a layer keeps its width and may still become dynamic.
         min_width: Channels that a group keeps at least (a quarter of the group, where that is less).
         tolerance: Relative distance from the target that still counts as landed, from below.
 
@@ -125,26 +198,36 @@ def make_plan(
         TraceError: If the network fails on the example or has no convolution.
         BudgetError: If the target is ill-formed or out of reach; gives the reachable range.
         UnknownMethodError: If there is no such method.
-        PlanError: If ``ignore`` or ``allocation`` names what doesn't exist.
+        PlanError: If another argument names what doesn't exist, or lacks what it needs.
 
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 10, 1))
         >>> plan = make_plan(net, torch.zeros(1, 3, 16, 16), target="50%", method="static")
         >>> plan.widths, round(plan.ratio, 3)
-        ([45, 44], 0.5)
+        ([48, 41], 0.499)
     """
     budget = Budget.parse(target)
     if allocation not in ALLOCATIONS:
         raise PlanError(f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
+    if (allocation == "sensitivity") != (sensitivity is not None):
+        raise PlanError(
+            f"allocation {allocation!r} is given with{'out' * (sensitivity is None)} a sensitivity map; 'sensitivity'"
+            " needs one, from dyncompress.sensitivity.measure, and the others take none"
+        )
     if isinstance(min_width, bool) or not isinstance(min_width, int) or min_width < 1:
         raise PlanError(
             f"min_width {min_width!r} is not a positive integer; give the channels that a layer keeps at least"
         )
     if not 0 < tolerance < 1:
         raise BudgetError(f"tolerance {tolerance!r} is not between 0 and 1; 0.01 lands within 1% of the target")
-    problem = Problem(net, trace(net, example), _method(method, options), ignore, min_width)
-    if budget.quantity == "latency":
+    check(importance, batches, loss)
+    method, graph = _method(method, options), trace(net, example)
+    ranking = rank(net, graph, importance, batches, loss)
+    problem = Problem(
+        net, graph, method, ignore, min_width, floors=floors, static=static, ranking=ranking, sensitivity=sensitivity
+    )
+    if budget.limit("latency") is not None:
         return _solve_latency(net, example, problem, budget, allocation, tolerance)
     return problem.solve(budget, allocation, tolerance)
 
@@ -155,11 +238,16 @@ def reachable(
     method: str | Method = "dynet",
     *,
     options: Mapping[str, Any] | None = None,
-    ignore: Sequence[str | type] = (),
+    ignore: Patterns = (),
+    static: Patterns = (),
+    floors: Floors | None = None,
     min_width: int = 8,
+    quantity: str = "macs",
 ) -> Reach:
-    """The range of MACs that `make_plan` can land in, with the same arguments."""
-    return Problem(net, trace(net, example), _method(method, options), ignore, min_width).reach()
+    """The range of MACs, or of ``params``, that `make_plan` can land in, with the same arguments."""
+    graph = trace(net, example)
+    problem = Problem(net, graph, _method(method, options), ignore, min_width, floors=floors, static=static)
+    return problem.reach(quantity)
 
 
 def _method(method: str | Method, options: Mapping[str, Any] | None) -> Method:
@@ -170,10 +258,10 @@ def _method(method: str | Method, options: Mapping[str, Any] | None) -> Method:
     return method
 
 
-def _choice(op: Operation, method: Method, ignored: Mapping[str, str], first: str) -> Choice:
+def _choice(op: Operation, method: Method, fixed: Mapping[str, str], first: str) -> Choice:
     assert op.spec is not None
-    if op.module in ignored:
-        return Choice(op.module, Static(), reason=ignored[op.module])
+    if op.module in fixed:
+        return Choice(op.module, Static(), reason=fixed[op.module])
     if isinstance(method, Static):
         return Choice(op.module, method)
     if op.module == first:
@@ -183,36 +271,14 @@ def _choice(op: Operation, method: Method, ignored: Mapping[str, str], first: st
     return Choice(op.module, placed, op.block if shared else "", reason)
 
 
-def _ignored(net: nn.Module, graph: ConvGraph, ignore: Sequence[str | type]) -> dict[str, str]:
-    """Layers to leave as they are, and which pattern says so."""
-    if isinstance(ignore, (str, type)):
-        ignore = (ignore,)
-    names = [op.module for op in graph.operations if op.weight]
-    found: dict[str, str] = {}
-    for pattern in ignore:
-        shown = pattern if isinstance(pattern, str) else pattern.__name__
-        types = {name: type(net.get_submodule(name)) for name in names}
-        hits = [
-            name
-            for name in names
-            if (isinstance(pattern, type) and issubclass(types[name], pattern))
-            or (isinstance(pattern, str) and (fnmatchcase(name, pattern) or pattern == types[name].__name__))
-        ]
-        if not hits:
-            near = difflib.get_close_matches(shown, [*names, *{t.__name__ for t in types.values()}], n=3)
-            raise PlanError(
-                f"ignore {shown!r} matches no layer; give a name, a glob such as 'layer1.*', or a type"
-                f" (near: {', '.join(near) or ', '.join(names[:3])})"
-            )
-        found |= {name: f"ignored by {shown!r}" for name in hits}
+def _multiples(graph: ConvGraph) -> list[int]:
+    """Per group, channels of a layer's output per channel of the group."""
+    found = [1] * len(graph.groups)
+    for op in graph.convs:
+        runs = graph.axes.get(f"{op.weight}:0", ())
+        for group, each in extent(runs)[1]:
+            found[group] = max(found[group], each)
     return found
-
-
-def _held(graph: ConvGraph, ignored: Mapping[str, str]) -> set[int]:
-    """Groups that touch an ignored layer."""
-    return {
-        group for op in graph.operations if op.module in ignored for _, parts in op.axes for group, _ in parts
-    }  # fmt: skip
 
 
 def _solve_latency(
@@ -221,28 +287,35 @@ def _solve_latency(
     """The widest student that is fast enough, by halving the range of MACs and measuring a student each time.
 
     Only a measurement tells: time does not fall in step with MACs. Seven halvings place the MACs within 1 % of the
-    range, finer than the clock.
+    range, finer than the clock. Every student that is measured meets the other limits.
     """
+    wanted = budget.limit("latency")
+    assert wanted is not None
+    others = tuple(limit for limit in budget.limits if limit.quantity not in ("latency", "macs"))
     reach = problem.reach()
-    low, high = reach.lowest / reach.original, min(1.0, reach.highest / reach.original)
-    best: Plan | None = None
+    asked = budget.limit("macs")
+    low, high = float(reach.lowest), float(min(reach.original, reach.highest))
+    if asked is not None:
+        problem.solve(Budget((asked, *others)), allocation, tolerance)  # raises where that alone is out of reach
+        high = min(high, asked.absolute(reach.original))
+    found: Plan | None = None
     fastest = float("inf")
-    fraction = low  # the narrowest student first: where it is too slow, nothing will do
+    macs = low  # the narrowest student first: where it is too slow, nothing will do
     for _ in range(8):
-        plan = problem.solve(Budget(fraction, True, "macs", budget.text), allocation, tolerance)
+        plan = problem.solve(Budget((Limit(macs, False, "macs", wanted.text), *others)), allocation, tolerance)
         timed = measure_latency({"original": net, "student": convert(net, plan)}, example, batch_sizes=(1,))
         ratio = timed["student"][1].ratio
         fastest = min(fastest, ratio)
-        if ratio <= budget.value:
-            best, low = plan, fraction
-        elif best is None:
+        if ratio <= wanted.value:
+            found, low = plan, macs
+        elif found is None:
             break
         else:
-            high = fraction
-        fraction = (low + high) / 2
-    if best is None:
+            high = macs
+        macs = (low + high) / 2
+    if found is None:
         raise BudgetError(
-            f"target '{budget.text}' can't be reached with method '{problem.method.name}': the fastest student that was"
+            f"target '{wanted.text}' can't be reached with method '{problem.method.name}': the fastest student that was"
             f" measured takes {fastest:.0%} of the original's time at batch 1; ask for more, or try method 'static'"
         )
-    return best
+    return replace(found, target=str(budget))

@@ -46,11 +46,16 @@ class Recipe:
         model: The LightningModule: class_path and init_args (--model.NAME VALUE sets one of them).
         data: The LightningDataModule, likewise (--data.NAME VALUE).
         module: Name of the network in the LightningModule, where there are several.
-        target: What the student may cost: 33%, 0.33, 1.2G, "350k params", "60% latency".
+        target: What the student may cost: 33%, 0.33, 1.2G, "350k params", "60% latency"; several limits as
+            "33%, 50% params".
         method: What its convolutions become; `dyncompress methods` lists the names.
         options: Options of the method.
-        allocation: How widths share the budget: importance or uniform.
+        allocation: How widths share the budget: uniform, importance, or sensitivity (measured score drops).
+        importance: Which channels stay: magnitude, bn (scales of BatchNorms) or taylor (change of the loss).
+        batches: Training batches for taylor and sensitivity.
         ignore: Layers to leave alone, by name glob or type.
+        static: Layers to narrow and leave static, likewise.
+        floors: Layers and the output channels that each keeps at least, a number (24) or a share (0.5).
         distill: How the student learns from the original.
         baseline: The network to compress.
         epochs: Epochs of fine-tuning, for the student and the control alike.
@@ -67,11 +72,15 @@ class Recipe:
 
     model: dict[str, Any]
     data: dict[str, Any]
-    target: str | float
+    target: str | float | tuple[str | float, ...]
     method: str = "dynet"
     options: dict[str, Any] = field(default_factory=dict)
     allocation: str = "uniform"
+    importance: str = "magnitude"
+    batches: int = 8
     ignore: tuple[str, ...] = ()
+    static: tuple[str, ...] = ()
+    floors: dict[str, int | float] = field(default_factory=dict)
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: Baseline = field(default_factory=Baseline)
     epochs: int = 5
@@ -89,7 +98,8 @@ class Recipe:
     def __post_init__(self) -> None:
         Budget.parse(self.target)
         get_method(self.method, **self.options)
-        least = {"epochs": (self.epochs, 1), "baseline.epochs": (self.baseline.epochs, 1), "threads": (self.threads, 0)}
+        least = {"epochs": (self.epochs, 1), "baseline.epochs": (self.baseline.epochs, 1), "threads": (self.threads, 0),
+                 "batches": (self.batches, 1)}  # fmt: skip
         for key, (count, lowest) in least.items():
             if count < lowest:
                 raise RecipeError(f"{key} is {count} - a number from {lowest} - raise it")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyncompress import __version__
-from dyncompress.arms import NOISE, Arm, Score, are_shares, notes
-from dyncompress.budget import Budget, readable
+from dyncompress.arms import Arm, Outcome, Score, are_shares, notes
+from dyncompress.budget import Budget, Limit, readable
 from dyncompress.errors import DynCompressError
 from dyncompress.latency import Latency
 from dyncompress.plotting import Panel, Point, draw
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 WIDTH = 100  # columns of the text form
-TOLERANCE = 0.01  # of the target: what a planner reaches when widths come in steps
 TABLE_STYLE: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False, "header_style": "dim"}
 ARMS = ("original", "static", "student")
 
@@ -86,31 +85,42 @@ class Report:
         return {size: latency.ratio for size, latency in self.student.latency.items()}
 
     @property
+    def limits(self) -> list[Outcome]:
+        """What each limit of the target asked for and what came of it."""
+        budget = Budget.parse(self.target)
+        return [Outcome(limit, self._asked(limit), self._achieved(limit.quantity)) for limit in budget.limits]
+
+    @property
     def quantity(self) -> str:
-        """What the target limits: "macs", "params" or "latency" (at batch 1)."""
-        return Budget.parse(self.target).quantity
+        """What the target limits (its first limit): "macs", "params" or "latency" (at batch 1)."""
+        return self.limits[0].limit.quantity
 
     @property
     def asked(self) -> float:
-        """The target as a fraction of the original."""
-        budget = Budget.parse(self.target)
-        return budget.value if budget.relative else budget.value / getattr(self.original, budget.quantity)
+        """The target (its first limit) as a fraction of the original."""
+        return self.limits[0].asked
 
     @property
     def achieved(self) -> float | None:
         """What was reached of the quantity asked for, as a fraction of the original; None if not measured."""
-        if self.quantity == "latency":
+        return self.limits[0].achieved
+
+    def _asked(self, limit: Limit) -> float:
+        return limit.value if limit.relative else limit.fraction(getattr(self.original, limit.quantity))
+
+    def _achieved(self, quantity: str) -> float | None:
+        if quantity == "latency":
             return self.latency_ratio.get(1)
-        return self.params_ratio if self.quantity == "params" else self.macs_ratio
+        return self.params_ratio if quantity == "params" else self.macs_ratio
 
     def notes(self) -> list[str]:
         """Sentences that a reader of the table must not miss; empty when there is nothing to warn of.
 
-        The target was missed (by more than 1 %, a latency by more than 5 %), and what
-        :func:`dyncompress.arms.notes` finds.
+        The target was missed (by more than 1 %, a latency by more than 5 %): a limit is exceeded, or none is reached.
+        And what :func:`dyncompress.arms.notes` finds.
         """
-        tolerance = NOISE if self.quantity == "latency" else TOLERANCE
-        missed = self.achieved is not None and abs(self.achieved / self.asked - 1) > tolerance
+        measured = [outcome for outcome in self.limits if outcome.achieved is not None]
+        missed = any(outcome.above for outcome in measured) or (bool(measured) and all(o.below for o in measured))
         return [
             *([f"the target was missed: {self._asked_and_achieved()}"] if missed else []),
             *notes(self.original, self.static, self.student),
@@ -173,6 +183,10 @@ class Report:
                 "asked_ratio": self.asked,
                 "achieved": self.achieved,
             },
+            "limits": [
+                {"asked": o.limit.text, "quantity": o.limit.quantity, "asked_ratio": o.asked, "achieved": o.achieved}
+                for o in self.limits
+            ],
             "macs_ratio": self.macs_ratio,
             "params_ratio": self.params_ratio,
             "latency_ratio": {str(size): ratio for size, ratio in self.latency_ratio.items()},
@@ -265,9 +279,7 @@ class Report:
         return f"{self.name or 'network'} with {self.method}: {self._asked_and_achieved()}"
 
     def _asked_and_achieved(self) -> str:
-        reached = "not measured" if self.achieved is None else f"{self.achieved:.1%}"
-        words = {"macs": "MACs", "params": "parameters", "latency": "batch-1 latency"}[self.quantity]
-        return f"asked {self.target}, achieved {reached} of the original's {words}"
+        return "; ".join(map(str, self.limits))
 
     def _percent(self) -> bool:
         return are_shares(value for arm in self.arms.values() for value in arm.score.values)

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from dyncompress.arms import Arm, Score
+from dyncompress.budget import Budget
 from dyncompress.bundle import save
 from dyncompress.callback import DynCompress
 from dyncompress.checkpoint import load_weights
@@ -59,7 +60,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
     """
     console = console or Console()
     subject = Subject.of(recipe)
-    subject.plans()  # at the untrained weights: to fail now, if at all, and not after the training
+    subject.check()  # at the untrained weights: to fail now, if at all, and not after the training
     run = Run.begin(subject, console)
     with importable(recipe.folder), quiet(subject.lightning), torch_threads(recipe.threads):
         run.original()
@@ -199,7 +200,7 @@ class Run:
         macs, params = measure_macs(original, subject.example), count_params(original)
         before = Arm("", macs, params, self._score("original"), 0, latency["original"])
         return Report(
-            target=str(recipe.target),
+            target=str(Budget.parse(recipe.target)),
             method=recipe.method,
             original=before,
             student=arms["student"],

@@ -7,22 +7,28 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
+from dyncompress.budget import Target
 from dyncompress.checkpoint import load_weights
 from dyncompress.errors import RecipeError
+from dyncompress.evaluation import evaluate
 from dyncompress.host import find_network
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
 from dyncompress.recipe import Recipe, build, importable, suggest
+from dyncompress.sensitivity import measure
 
 # What the recipe decides itself, and where.
 RESERVED = {"max_epochs": "epochs and baseline.epochs", "logger": "wandb", "callbacks": "distill and method"}
+# Where sensitivity maps are kept: one folder for all runs, since a map serves every target and method.
+MAPS = "runs/sensitivity"
 # A run is a line of text per network: no bars, no summaries, no checkpoints of arms that take minutes.
 TRAINER = {
     "devices": 1,
@@ -118,16 +124,63 @@ class Subject:
             return {"student": student}
         return {"static": self._plan("static", student.macs_after, {}), "student": student}
 
-    def _plan(self, method: str, target: str | float, options: dict[str, Any]) -> Plan:
-        recipe = self.recipe
+    def check(self) -> None:
+        """Raise where the plans can't be made or their data can't be read; nothing is measured."""
+        recipe = replace(self.recipe, allocation="uniform", importance="magnitude")
+        replace(self, recipe=recipe).plans()
+        if self._measures:
+            self.batches(1)
+
+    def batches(self, count: int) -> list[Any]:
+        """The first training batches.
+
+        Raises:
+            RecipeError: If there are none.
+        """
+        with importable(self.recipe.folder), torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.recipe.seeds[0])  # a loader that shuffles gives the same batches each time
+            self.data.prepare_data()
+            self.data.setup("fit")
+            found = list(islice(self.data.train_dataloader(), count))
+        if not found:
+            raise RecipeError(
+                f"data: {type(self.data).__name__} has no training batch - at least one - check its arguments"
+            )
+        return found
+
+    @property
+    def _measures(self) -> bool:
+        return self.recipe.allocation == "sensitivity" or self.recipe.importance == "taylor"
+
+    def _plan(self, method: str, target: Target, options: dict[str, Any]) -> Plan:
+        recipe, network = self.recipe, self.network(self.model)
+        batches = self.batches(recipe.batches) if self._measures else []
+        channels: dict[str, Any] = {"importance": recipe.importance}
+        if recipe.importance == "taylor":
+            channels["batches"] = batches
+        sensitivity = None
+        if recipe.allocation == "sensitivity":
+            # Training images, and not those that the report scores: a test set must not choose widths.
+            sensitivity = measure(
+                network,
+                self.example,
+                lambda net: evaluate(net, batches),
+                name=f"accuracy on {len(batches)} training batches of {recipe.data}",
+                cache=MAPS,
+                **channels,
+            )
         return make_plan(
-            self.network(self.model),
+            network,
             self.example,
             target,
             method,
             options=options,
             allocation=recipe.allocation,
+            sensitivity=sensitivity,
             ignore=recipe.ignore,
+            static=recipe.static,
+            floors=recipe.floors,
+            **channels,
         )
 
 

@@ -65,6 +65,7 @@ def log_plan(loggers: Sequence[Any], plan: Plan, settings: Mapping[str, Any], st
         "method": plan.method,
         "options": plan.options,
         "allocation": plan.allocation,
+        "importance": plan.importance,
         "macs": [plan.macs_before, plan.macs_after],
         "params": [plan.params_before, plan.params_after],
         **settings,

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     errors
     layers.spec layers.method layers.execution layers.router layers.static layers.dynet layers
-    labels narrowing propagation movement rules graph cost importance budget plan allocation conversion folding
-    distillation latency evaluation planning plotting allocator provenance arms report tracking bundle checkpoint
+    labels narrowing sites propagation movement rules audit graph tracing cost importance marginal budget plan
+    allocation selection conversion folding distillation latency evaluation taylor ranking sensitivity planning
+    plotting allocator provenance arms report tracking bundle checkpoint
     host student restoring patch inputs teaching callback
     recipe subject loggers runner cli __main__
 """.split()

@@ -19,13 +19,14 @@ from dyncompress.errors import BudgetError
         ("350k params", 350e3, False, "params"),
         ("40% params", 0.4, True, "params"),
         ("60% latency", 0.6, True, "latency"),
+        ("150% params", 1.5, True, "params"),
         (250_000_000, 250e6, False, "macs"),
         ("1e9", 1e9, False, "macs"),
     ],
 )
 def test_targets_as_people_write_them(target, value, relative, quantity):
-    budget = Budget.parse(target)
-    assert (budget.value, budget.relative, budget.quantity) == (pytest.approx(value), relative, quantity)
+    (limit,) = Budget.parse(target).limits
+    assert (limit.value, limit.relative, limit.quantity) == (pytest.approx(value), relative, quantity)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,12 @@ def test_targets_as_people_write_them(target, value, relative, quantity):
         ("-3%", "must be positive"),
         (1.5, "target 1.5 is above 1 as a fraction"),
         ("150%", "target '150%' is 150% of the original"),
+        ("33%, 40%", "limits MACs twice"),
+        ("33%, 1.2G", "limits MACs twice"),
+        ("33%,", "target '' is unreadable"),
+        (["33%", "a third"], "target 'a third' is unreadable"),
+        ([], "holds no limit"),
+        ([["33%"]], "unreadable"),
         ("a third", "target 'a third' is unreadable"),
         ("", "unreadable"),
         (None, "unreadable"),
@@ -49,6 +56,21 @@ def test_what_is_no_target_is_answered_with_what_is(target, said):
     with pytest.raises(BudgetError, match=r"33%|100%|60% latency") as error:
         Budget.parse(target)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["33%, 350k params", ["33%", "350k params"], ("33%", "350k params")])
+def test_several_limits(target):
+    budget = Budget.parse(target)
+    assert [(limit.quantity, limit.value) for limit in budget.limits] == [("macs", 0.33), ("params", 350e3)]
+    assert str(budget) == "33%, 350k params"
+    assert Budget.parse(str(budget)) == budget == Budget.parse(budget)
+    assert budget.limit("params") == budget.limits[1]
+    assert budget.limit("latency") is None
+
+
+def test_a_count_is_told_to_its_last_digit():
+    assert str(Budget.parse(12_345_678)) == "12345678"
+    assert str(Budget.parse(0.33)) == "0.33"
 
 
 def test_readable_counts():

@@ -58,6 +58,22 @@ def test_the_table_shows_every_layer_and_both_costs(plan):
     assert sum(row.macs_before for row in plan.layers) == plan.macs_before
 
 
+def test_asked_and_achieved_stand_beside_each_other():
+    plan = make_plan(*networks.make(networks.Residual), "60%, 40% params", "static")
+    (macs, params), text = plan.asked, " ".join(str(plan).split())
+    assert [(limit.text, asked) for limit, asked, _ in plan.asked] == [("60%", 0.6), ("40% params", 0.4)]
+    assert (macs[2], params[2]) == (plan.ratio, plan.params_ratio)
+    assert f"asked 60.00% of the MACs, achieved {plan.ratio:.2%}; asked 40.00% of the parameters" in text
+    summary = json.loads(plan.to_json())["summary"]["asked"]
+    assert summary == {"60%": [0.6, round(plan.ratio, 6)], "40% params": [0.4, round(plan.params_ratio, 6)]}
+
+
+def test_plans_from_before_importance_was_named_are_read(plan):
+    data = json.loads(plan.to_json())
+    del data["importance"]
+    assert Plan.from_json(json.dumps(data)) == plan
+
+
 def corrupt(plan, **changes):
     return json.dumps({**json.loads(plan.to_json()), **changes})
 

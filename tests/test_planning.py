@@ -5,13 +5,15 @@ import torch
 from torch import nn
 
 import networks
-from dyncompress.conversion import convert
+from dyncompress.conversion import convert, plan_of
 from dyncompress.cost import measure_macs
 from dyncompress.errors import BudgetError, DynCompressError, PlanError, UnknownMethodError
-from dyncompress.graph import trace
+from dyncompress.importance import best
 from dyncompress.latency import Latency, measure_latency
 from dyncompress.layers import DyNet
 from dyncompress.planning import make_plan, reachable
+from dyncompress.ranking import rank
+from dyncompress.tracing import trace
 
 
 class Plain(nn.Sequential):
@@ -86,6 +88,133 @@ def test_unreachable_targets_give_the_range():
         make_plan(net, x, "10G")
 
 
+@pytest.mark.parametrize(
+    ("target", "binds"),
+    [("33%, 90% params", "macs"), ("90%, 50% params", "params"), (("60%", "80k params"), "params")],
+)
+@pytest.mark.parametrize("method", ["static", "dynet"])
+def test_several_limits_hold_and_the_one_that_binds_is_landed_on(target, binds, method):
+    plan = make_plan(Plain(), X, target, method)
+    loads = {limit.quantity: achieved / asked for limit, asked, achieved in plan.asked}
+    assert set(loads) == {"macs", "params"}
+    assert max(loads.values()) <= 1
+    if method == "static":  # a bank multiplies parameters, so that they bind where they would not otherwise
+        assert 0.99 <= loads[binds]
+    assert 0.99 <= max(loads.values())
+
+
+def test_parameters_may_grow_within_a_limit():
+    free, bound = (make_plan(Plain(), X, target) for target in ("75%", "75%, 150% params"))
+    assert free.params_ratio > 1.6 and bound.params_ratio <= 1.5
+    assert 0.99 <= max(bound.ratio / 0.75, bound.params_ratio / 1.5) <= 1
+
+
+def test_of_several_limits_the_ones_out_of_reach_are_named():
+    with pytest.raises(BudgetError) as raised:
+        make_plan(Plain(), X, "50%, 0.1% params", "static")
+    said = str(raised.value)
+    assert "'0.1% params' (" in said and "'50%'" not in said
+    assert "parameters (" in said and "MACs (" not in said
+    with pytest.raises(BudgetError, match=r"'0.1%' .* and '0.1% params' .* MACs \(.* and .* parameters \("):
+        make_plan(Plain(), X, "0.1%, 0.1% params", "static")
+
+
+def test_latency_and_parameters_together(monkeypatch):
+    monkeypatch.setattr("dyncompress.planning.measure_latency", clock)
+    plan = make_plan(Plain(), X, "60% latency, 20% params", "static")
+    assert plan.target == "60% latency, 20% params"
+    assert 0.198 <= plan.params_ratio <= 0.2  # binds: 56 % of the MACs would be fast enough
+    assert [limit.quantity for limit, *_ in plan.asked] == ["params"]  # a plan can't tell latencies
+    both = make_plan(Plain(), X, "60% latency, 40%", "static")
+    assert 0.39 <= both.ratio <= 0.4
+    with pytest.raises(BudgetError, match=r"'0.1% params' .* can't be reached"):
+        make_plan(Plain(), X, "60% latency, 0.1% params", "static")
+
+
+def test_a_target_is_never_exceeded_not_even_at_the_end_of_the_range():
+    reach = reachable(Plain(), X, "static")
+    assert make_plan(Plain(), X, reach.lowest, "static").macs_after == reach.lowest
+    with pytest.raises(BudgetError, match="can't be reached"):
+        make_plan(Plain(), X, reach.lowest - 1, "static")
+    assert reachable(Plain(), X, "static", quantity="params").original == sum(p.numel() for p in Plain().parameters())
+
+
+def test_layers_that_keep_their_width_become_dynamic():
+    plan = make_plan(Plain(), X, "70%", floors={"2": 1.0})
+    row = next(r for r in plan.layers if r.name == "2")
+    assert (row.out_before, row.out_after, row.method) == (128, 128, "dynet")
+    assert 0.693 <= plan.ratio <= 0.7
+
+
+@pytest.mark.parametrize("pattern", ["4", nn.Conv2d])
+def test_layers_that_are_to_stay_static_are_narrowed(pattern):
+    plan = make_plan(Plain(), X, "40%", static=(pattern,))
+    row = next(r for r in plan.layers if r.name == "4")
+    assert row.method == "static" and row.out_after < row.out_before and "asked by" in row.reason
+    assert 0.396 <= plan.ratio <= 0.4
+    dynamic = {r.name for r in plan.layers if r.method == "dynet"}
+    assert dynamic == ({"2"} if pattern == "4" else set())
+
+
+def test_what_is_ignored_and_asked_to_be_static_is_ignored():
+    (row,) = (r for r in make_plan(Plain(), X, "80%", ignore=("2",), static=("2",)).layers if r.name == "2")
+    assert row.out_after == row.out_before and row.reason == "ignored by '2'"
+
+
+class Rigid(nn.Module):
+    """Every width is written into the code, so that nothing can be narrowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return self.second(self.first(x).view(-1, 16, 16, 16)).view(-1, 16, 16, 16)
+
+
+def test_a_network_that_can_not_be_narrowed_can_still_be_dynamic():
+    net = Rigid()
+    reach = reachable(net, X)
+    # two convolutions of 256 positions; the second assembles 4 kernels, its router reads 16 channels
+    assert reach.original == 256 * (3 * 16 * 9 + 16 * 16 * 9)
+    assert reach.lowest == reach.highest == reach.original + 4 * 16 * 16 * 9 + 16 * 16 * 4
+    for target in (reach.highest, "2M"):
+        plan = make_plan(net, X, target)
+        assert [c.method.name for c in plan.choices] == ["static", "dynet"] and plan.macs_after == reach.highest
+        student = convert(net, plan)
+        assert torch.allclose(student(X), net(X), atol=1e-4)
+    for target in ("100%", "50%", reach.highest - 1):
+        with pytest.raises(BudgetError, match=r"\(101.5% to 101.5% of 700k\); no width can change; ask for 710656"):
+            make_plan(net, X, target)
+    assert make_plan(net, X, "100%", "static").ratio == 1
+
+
+@pytest.mark.parametrize("name", ["bn", "taylor"])
+def test_channels_that_another_importance_chose_are_named_in_the_plan(name):
+    net, x = networks.make(networks.Residual)
+    batches = [(x, torch.tensor([0, 1]))] if name == "taylor" else None
+    plan = make_plan(net, x, "50%", importance=name, batches=batches)
+    scores = rank(net, trace(net, x), name, batches).scores
+    for kept, score in zip(plan.keep, scores, strict=True):
+        if not isinstance(kept, int):
+            assert kept == best(score, len(kept))
+    assert plan.importance == name and f"channels by {name}" in str(plan)
+    assert plan.widths == make_plan(net, x, "50%").widths  # which channels, and not how many
+    student = convert(net, plan)
+    assert plan_of(student).keep == tuple(k if not isinstance(k, int) else tuple(range(k)) for k in plan.keep)
+
+
+def test_importance_decides_how_many_with_the_allocation_of_that_name():
+    net, x = networks.make(networks.Residual)
+    for norm in (net.blocks[1].bn1, net.blocks[2].bn1):
+        norm.weight.data[:] = 1.0
+    net.blocks[1].bn1.weight.data[8:] = 0.01  # three quarters of this group are worth nothing
+    plan = make_plan(net, x, "60%", "static", allocation="importance", importance="bn")
+    widths = {group.name: width for group, width in zip(plan.graph.groups, plan.widths, strict=True)}
+    assert widths["blocks.1.conv1"] < widths["blocks.2.conv1"]
+    assert 0.594 <= plan.ratio <= 0.6
+
+
 def test_static_plans_have_no_dynamic_layer_and_the_stem_stays_static():
     assert {c.method.name for c in make_plan(Plain(), X, "50%", "static").choices} == {"static"}
     choices = make_plan(Plain(), X, "50%").choices
@@ -129,7 +258,14 @@ def test_nothing_is_touched():
         ({"target": "50%", "method": "dynett"}, UnknownMethodError, "did you mean 'dynet'"),
         ({"target": "50%", "options": {"gg": 2}}, DynCompressError, "no option 'gg'"),
         ({"target": "50%", "method": DyNet(), "options": {"g": 2}}, PlanError, "give its name instead"),
-        ({"target": "50%", "allocation": "random"}, PlanError, "choose one of uniform, importance"),
+        ({"target": "50%", "allocation": "random"}, PlanError, "choose one of uniform, importance, sensitivity"),
+        ({"target": "50%", "importance": "random"}, PlanError, "choose one of magnitude, bn, taylor"),
+        ({"target": "50%", "importance": "taylor"}, PlanError, "pass batches="),
+        ({"target": "50%", "importance": "bn"}, PlanError, "pass a BatchNorm"),
+        ({"target": "50%", "static": ("layr",)}, PlanError, "static 'layr' matches no layer"),
+        ({"target": "50%", "floors": {"layr": 8}}, PlanError, "floors 'layr' matches no layer"),
+        ({"target": "50%", "floors": {"0": 65}}, PlanError, "give 1 to 64"),
+        ({"target": "50%, 40%"}, BudgetError, "limits MACs twice"),
         ({"target": "50%", "ignore": ("layr",)}, PlanError, "matches no layer"),
         ({"target": "50%", "min_width": 0}, PlanError, "not a positive integer"),
         ({"target": "50%", "tolerance": 2}, BudgetError, "between 0 and 1"),

@@ -95,6 +95,23 @@ def test_asked_and_achieved_are_the_same_quantity(target: str, quantity: str, as
     assert not [note for note in made.notes() if "missed" in note]
 
 
+def test_several_limits_are_told_one_by_one() -> None:
+    made = report(target="33%, 85% params")
+    assert [(o.limit.quantity, o.asked, o.achieved) for o in made.limits] == [
+        ("macs", 0.33, 0.331),
+        ("params", 0.85, 0.8),
+    ]
+    assert (made.quantity, made.asked, made.achieved) == ("macs", 0.33, 0.331)
+    told = "asked 33%, achieved 33.1% of the original's MACs; asked 85% params, achieved 80.0% of the original's "
+    assert f"{told}parameters" in " ".join(str(made).split())
+    assert made.notes() == []  # the MACs bind; fewer parameters than allowed are no miss
+
+
+@pytest.mark.parametrize("target", ["33%, 70% params", "40%, 90% params", "33%, 50% latency"])
+def test_a_limit_that_is_exceeded_and_a_target_that_nothing_reaches_are_missed(target: str) -> None:
+    assert [note for note in report(target=target).notes() if "the target was missed" in note]
+
+
 def test_a_good_result_needs_no_warning() -> None:
     # 0.96 against 0.92, two standard errors 2 sqrt(0.02^2 / 3 + 0.01^2 / 3) = 0.0258
     assert report().notes() == []
