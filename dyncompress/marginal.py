@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -47,6 +48,18 @@ class Expansion:
         """Expand around the widths with one group changed."""
         self.value += float(self.slope[group] * delta + self.curvature[group, group] * delta**2 / 2)
         self.slope = self.slope + self.curvature[:, group] * delta
+
+
+class Cost(Protocol):
+    """A cost as a function of the widths; it never falls when a width grows."""
+
+    def exact(self, keep: Sequence[int]) -> int:
+        """The cost."""
+        ...
+
+    def expand(self, keep: Sequence[int]) -> Expansion:
+        """The cost nearby."""
+        ...
 
 
 class Terms:

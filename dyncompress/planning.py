@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dyncompress.allocation import Widths, affordable, allocate, by_importance, near, uniform
+from dyncompress.allocation import Widths, affordable, by_importance, near, uniform
 from dyncompress.budget import UNITS, Budget, Limit, Target, readable
 from dyncompress.conversion import convert
 from dyncompress.cost import Choice, CostModel, static_choices, widths
@@ -16,6 +16,7 @@ from dyncompress.errors import BudgetError, PlanError
 from dyncompress.evaluation import measure_latency
 from dyncompress.graph import ConvGraph, Operation, extent
 from dyncompress.importance import best, importance
+from dyncompress.knapsack import allocate
 from dyncompress.layers import ConvSite, Method, Static, get_method
 from dyncompress.marginal import Terms
 from dyncompress.plan import Plan
@@ -105,7 +106,7 @@ class Problem:
         each = _multiples(self.graph)
         if allocation == "sensitivity":
             assert self.sensitivity is not None
-            losses = self.sensitivity.losses(self.graph)
+            losses = self.sensitivity.losses(self.graph, each)
         else:
             by_score = allocation == "importance"
             ideal = by_importance(self._scores(), self.floors) if by_score else uniform(self.full, self.floors)

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dyncompress.allocation import near
 from dyncompress.conversion import narrowed, plan_of
-from dyncompress.cost import static_choices
+from dyncompress.cost import static_choices, widths
 from dyncompress.distillation import fingerprint
 from dyncompress.errors import PlanError
 from dyncompress.graph import ConvGraph, bare
@@ -36,8 +37,8 @@ SCHEMA = 1
 Score = Callable[[nn.Module], float]
 Progress = Callable[[int, int, str], None]
 
-_EVEN = 1e-3
-"""Weight of an even allocation beside the drops: it decides among groups that lose nothing, or equally much."""
+_EVEN = 0.01
+"""Weight of even and aligned widths beside the largest drop: they decide among groups that lose about equally much."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Sensitivity:
     def drops(self, group: str, channels: int) -> np.ndarray:
         """Score lost when a group keeps 0, 1, 2 ... all of its channels: falling with the width, 0 at the last.
 
-        Linear between what was measured, and on along the last line below it; the running maximum towards narrower
-        widths makes it monotone.
+        Linear between what was measured, with the running maximum towards narrower widths: a narrower group never
+        counts as a smaller drop. Below the narrowest it goes on along the last line, or along that from the whole
+        group where it is steeper: a plateau is no promise beyond its end.
 
         Example:
             >>> found = Sensitivity("", 0.9, {"conv1": {8: 0.8, 4: 0.5}})
@@ -72,13 +74,17 @@ class Sensitivity:
         lost = np.maximum.accumulate([0.0, *(drop for _, drop in measured)])
         found = np.interp(np.arange(channels + 1), kept[::-1], lost[::-1])
         if len(kept) > 1:
-            slope = (lost[-1] - lost[-2]) / (kept[-2] - kept[-1])
+            slope = max((lost[-1] - lost[-2]) / (kept[-2] - kept[-1]), lost[-1] / (channels - kept[-1]))
             below = np.arange(int(kept[-1]))
             found[below] = lost[-1] + slope * (kept[-1] - below)
         return found
 
-    def losses(self, graph: ConvGraph) -> list[np.ndarray]:
+    def losses(self, graph: ConvGraph, each: Sequence[int]) -> list[np.ndarray]:
         """What every width of every group loses, for `allocation.allocate`.
+
+        Args:
+            graph: Channel graph of the network.
+            each: Channels of a layer per channel of its group, for alignment.
 
         Raises:
             PlanError: If the map is of another network, or lacks a group.
@@ -91,9 +97,10 @@ class Sensitivity:
         missing = [g.name for g in graph.groups if g.name not in self.scores]
         if missing:
             raise PlanError(f"the sensitivity map lacks group {missing[0]!r}; go on measuring with the same cache")
+        full = widths(graph)
         drops = [self.drops(g.name, g.channels) for g in graph.groups]
-        scale = _EVEN * max([float(d[0]) for d in drops], default=0.0) or _EVEN
-        return [d + scale * (1 - np.arange(len(d)) / (len(d) - 1)) ** 2 for d in drops]
+        scale = _EVEN * (max((float(d[0]) for d in drops), default=0.0) or 1.0)
+        return [drop + scale * even for drop, even in zip(drops, near(full, full, each), strict=True)]
 
 
 def measure(

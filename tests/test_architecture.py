@@ -13,7 +13,7 @@ ORDER = """
     errors
     layers.spec layers.method layers.execution layers.router layers.static layers.dynet layers
     labels narrowing sites propagation movement rules audit graph tracing cost importance marginal budget plan
-    allocation selection conversion folding distillation latency evaluation taylor ranking sensitivity planning
+    allocation knapsack selection conversion folding distillation latency evaluation taylor ranking sensitivity planning
     plotting allocator provenance arms report tracking bundle checkpoint
     host student restoring patch inputs teaching callback
     recipe subject loggers runner cli __main__

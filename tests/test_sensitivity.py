@@ -69,6 +69,11 @@ def test_drops_are_interpolated_and_never_fall_towards_narrower_widths():
     assert len(drops) == 17 and (np.diff(drops) <= 1e-12).all()
 
 
+def test_a_plateau_is_no_promise_beyond_its_end():
+    drops = Sensitivity("", 0.9, {"g": {8: 0.8, 4: 0.8}}).drops("g", 14)
+    assert drops[[8, 6, 4, 3, 0]] == pytest.approx([0.1, 0.1, 0.1, 0.11, 0.14])  # 0.1 over ten channels
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_drops_are_monotone_whatever_was_measured(seed):
     draw = np.random.default_rng(seed)
