@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dyncompress.labels import Ledger, core
+from dyncompress.labels import Ledger, core, varies
 from dyncompress.propagation import Call, Propagation
 from dyncompress.rules import rule_for
 from dyncompress.sites import Line
@@ -103,14 +103,18 @@ class ZeroedRun(Propagation):
         """Run the op on masked operands."""
         if call.name not in CONSUMERS:
             return super().run(call)
-        masked = {id(t): self._mask(t) for t in call.tensors if self.maps(t)}
-        args, kwargs = tree_map(lambda v: masked.get(id(v), v) if isinstance(v, Tensor) else v, (call.args, call.kwargs))
+        given = [t for t in call.tensors if self.maps(t)]
+        activations = [t for t in given if not self.name_of(t)]  # one side of a product is enough
+        masked = {id(t): self._mask(t) for t in activations or given}
+        args, kwargs = tree_map(
+            lambda v: masked.get(id(v), v) if isinstance(v, Tensor) else v, (call.args, call.kwargs)
+        )
         return call.func(*args, **kwargs)
 
     def _mask(self, t: Tensor) -> Tensor:
         for m in self.maps(t):
-            stays = self._kept[m].to(t.device)
-            t = torch.where(stays, t, torch.zeros((), dtype=t.dtype, device=t.device))
+            compacted = m[tuple(slice(None) if d in varies(m) else slice(0, 1) for d in range(m.dim()))]
+            t = t * self._kept[compacted].to(t.device, t.dtype)
         return t
 
 
@@ -152,11 +156,6 @@ class AuditedRun(Propagation):
         self._turns[self._turn] += 1
         self._places += 1
         return self._taken.get((*self._turn, turn), 0)
-
-    def _made_by_code(self, call: Call, made: Tensor) -> None:
-        for size in made.shape:
-            if size > 1:
-                self.site()
 
     def rescale(self, labels: Tensor, what: str) -> None:
         """Known from the trace."""

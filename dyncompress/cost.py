@@ -13,11 +13,21 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dyncompress.graph import ConvGraph, Extent, Operation, as_call, bare, duplicate, extent, one_image, undisturbed
 from dyncompress.layers import ConvSite, ConvSpec, Macs, Method
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Operations of scaled dot product attention, two per MAC, from the shapes of its operands."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+# torch counts attention on other devices
+_UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 def measure_macs(net: nn.Module, example: Any) -> int:
@@ -32,7 +42,7 @@ def measure_macs(net: nn.Module, example: Any) -> int:
     """
     args, kwargs = as_call(one_image(example))
     copy = duplicate(bare(net)).eval()
-    with undisturbed(), FlopCounterMode(display=False) as counter:
+    with undisturbed(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
         copy(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 

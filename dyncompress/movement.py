@@ -60,9 +60,7 @@ def _aligned(call: Call, maps: Sequence[Maps]) -> list[tuple[Tensor, ...]]:
                 call.mode.pin([call.tensors[i]], call.mode.at(f"{call.name} of tensors labelled in several ways"))
                 return []
             kinds[wider][i] = m
-    return [
-        tuple(row[i] if i in row else _unlabelled(t) for i, t in enumerate(call.tensors)) for row in kinds.values()
-    ]
+    return [tuple(row[i] if i in row else _unlabelled(t) for i, t in enumerate(call.tensors)) for row in kinds.values()]
 
 
 def _unlabelled(t: Tensor) -> Tensor:

@@ -63,9 +63,12 @@ def positions(runs: Runs, kept: Kept) -> list[int]:
 class Axes(Protocol):
     """What `cut` needs to know of a channel graph."""
 
-    axes: Mapping[str, Runs]
-    seams: Mapping[str, tuple[Runs, Runs]]
-    counts: Mapping[str, Runs]
+    @property
+    def axes(self) -> Mapping[str, Runs]: ...  # noqa: D102
+    @property
+    def seams(self) -> Mapping[str, tuple[Runs, Runs]]: ...  # noqa: D102
+    @property
+    def counts(self) -> Mapping[str, Runs]: ...  # noqa: D102
 
 
 def cut(net: nn.Module, graph: Axes, kept: Kept) -> None:
@@ -93,8 +96,8 @@ def cut(net: nn.Module, graph: Axes, kept: Kept) -> None:
         if any(id(t) in changed for t in [*module.parameters(False), *module.buffers(False)]):
             _learn_widths(module)
     for key, runs in graph.counts.items():
-        path, attribute, *index = key.split(":")
-        _set_count(net.get_submodule(path), attribute, [int(i) for i in index], len(positions(runs, kept)))
+        path, attribute, *at = key.split(":")
+        _set_count(net.get_submodule(path), attribute, [int(i) for i in at], len(positions(runs, kept)))
     for name, (entering, leaving) in graph.seams.items():
         into, out = positions(entering, kept), positions(leaving, kept)
         if len(into) == length(entering) and len(out) == length(leaving):
@@ -128,9 +131,9 @@ def _learn_widths(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.RNNBase):
-        module.input_size = module.weight_ih_l0.shape[1]  # type: ignore[union-attr]
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
     elif isinstance(getattr(module, "normalized_shape", None), tuple) and isinstance(module.weight, Tensor):
-        module.normalized_shape = tuple(module.weight.shape)
+        module.normalized_shape = tuple(module.weight.shape)  # type: ignore[assignment]
     else:
         size = next((t.shape[0] for t in [*module.parameters(False), *module.buffers(False)] if t.dim() == 1), None)
         for count in ("num_features", "num_channels", "num_parameters"):

@@ -352,6 +352,8 @@ def _graph_from_dict(data: dict[str, Any]) -> ConvGraph:
         if entry["spec"] is not None:
             fields["spec"] = ConvSpec(**{k: tuples(v) for k, v in entry["spec"].items()})
         operations.append(Operation(**fields))
-    named = {part: {k: tuples(v) for k, v in data[part].items()} for part in ("axes", "seams", "parameters", "counts")}
-    notes = {part: tuple(data[part]) for part in ("unseen", "rescaled")}
+    named: Any = {
+        part: {k: tuples(v) for k, v in data[part].items()} for part in ("axes", "seams", "parameters", "counts")
+    }
+    notes: Any = {part: tuple(data[part]) for part in ("unseen", "rescaled")}
     return ConvGraph(tuple(operations), tuple(Group(*g) for g in data["groups"]), **named, **notes)

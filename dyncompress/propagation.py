@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,50 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dyncompress.labels import Ledger, Maps, compact, core, varies
+from dyncompress.recording import Operation, Recording, Seam
 from dyncompress.sites import FACTORIES, Attribute, Line, Site, Way, counted
-
-Axis = tuple[str, int]
-"""A dimension of a named parameter or buffer."""
-
-
-@dataclass
-class Operation:
-    """One multiply-accumulate op: ``macs = fixed * prod(kept channels of each axis)``."""
-
-    module: str  # innermost module that was running
-    kind: str  # "conv", "conv_transpose" or "matmul"
-    weight: str  # name of the parameter, "" for a product of two activations
-    fixed: int  # kernel elements x positions, both sides of the batch included
-    axes: tuple[Tensor, ...]  # labels of the dimensions that the cost is proportional to
-    writes: Tensor | None = None  # labels of the channels that a weight writes
-    positions: int = 0  # output positions of one image
-
-
-@dataclass
-class Seam:
-    """A parameter-free module that makes channels of its own (a zero-padded shortcut, say).
-
-    Its code counts channels, so a cut network must show it the original ones: see `narrowing.Reindex`.
-    """
-
-    entering: Tensor  # labels of the channels that enter, [C_in]
-    leaving: Tensor  # labels of the channels that leave, [C_out]
-
-
-@dataclass
-class Recording:
-    """What the runs of a network left behind."""
-
-    ledger: Ledger
-    axes: dict[Axis, Tensor]
-    operations: list[Operation] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    taken: dict[tuple[str, int, int], int] = field(default_factory=dict)  # module, call, turn -> way, -1 for none
-    rescaled: list[tuple[Tensor, str]] = field(default_factory=list)  # labels whose number a result depends on
-    seams: dict[str, Seam] = field(default_factory=dict)
-    residual_modules: set[str] = field(default_factory=set)
-    norms: dict[str, str] = field(default_factory=dict)  # convolution -> the BatchNorm that alone reads it
-    calls: Counter[str] = field(default_factory=Counter)
 
 
 class Propagation(TorchDispatchMode):
@@ -105,7 +62,11 @@ class Propagation(TorchDispatchMode):
         self._counted: dict[Attribute, Tensor] = {}
         self._turns: Counter[Any] = Counter()  # sites seen in each call of a module
         self._kernels = {
-            id(p) for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters() if p.dim() > 2
+            id(p)
+            for m in net.modules()
+            if isinstance(m, nn.modules.conv._ConvNd)
+            for p in m.parameters()
+            if p.dim() > 2
         }
         self._stateless: set[str] = set()
         self._made: dict[str, list[Tensor]] = {}  # channels made while a stateless module runs

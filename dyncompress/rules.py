@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from dyncompress.labels import Maps, core, varies
 from dyncompress.movement import cut_out, join, move, pad, pick, split, view
-from dyncompress.propagation import Call, Operation
+from dyncompress.products import attention, convolution, dot, embedding, fold, matmul, recurrent, unfold, weight_norm
+from dyncompress.propagation import Call
 from dyncompress.sites import Way
 
 Rule = Callable[[Call], "Maps | tuple[Maps, ...]"]
@@ -39,31 +39,30 @@ def elementwise(call: Call) -> Maps:
             owners.append({i})
     if call.name.startswith("add") and sum(not mode.name_of(t) and bool(mode.maps(t)) for t in call.tensors) > 1:
         mode.recording.residual_modules.add(mode.module)
-    results = []
+    why = mode.at(f"{call.name} with values that differ by channel and aren't labelled")
+    results: list[Tensor] = []
     for m, owner in zip(merged, owners, strict=True):
-        for i, t in enumerate(call.tensors):
-            apart = _differs(t, varies(m), len(shape)) if i not in owner else []
-            if apart:
-                why = mode.at(f"{call.name} with values that differ by channel and aren't labelled")
-                m = _alike_along(call, m, apart, why)
-        results.append(m)
+        others = [t for i, t in enumerate(call.tensors) if i not in owner]
+        apart = {d for t in others for d in _differs(t, varies(m), len(shape))}
+        results += _alike_along(call, m, sorted(apart), why)
     return tuple(results)
 
 
-def _alike_along(call: Call, m: Tensor, dims: list[int], reason: str) -> Tensor:
+def _alike_along(call: Call, m: Tensor, dims: list[int], reason: str) -> Maps:
     """A map that no longer changes along some dimensions: what is cut there is cut at every position.
 
-    Where it changes along no other dimension, all its channels would share one fate: they are pinned.
+    Where it changes along no other dimension, all its channels would share one fate: they are pinned, and no map is
+    left.
     """
-    if set(varies(m)) <= set(dims):
+    if dims and set(varies(m)) <= set(dims):
         call.mode.ledger.pin(core(m), reason)
-        return m
+        return ()
     for d in dims:
         if d in varies(m):
             first = m.narrow(d, 0, 1).expand(m.shape)
             call.mode.ledger.tie_maps(m, first, reason)
             m = first
-    return m
+    return (m,)
 
 
 def _differs(tensor: Tensor, dims: list[int], rank: int) -> list[int]:
@@ -74,87 +73,6 @@ def _differs(tensor: Tensor, dims: list[int], rank: int) -> list[int]:
         if own >= 0 and tensor.shape[own] > 1 and bool((tensor != tensor.narrow(own, 0, 1)).any()):
             found.append(d)
     return found
-
-
-def convolution(call: Call) -> Maps:
-    """The weight owns its input and output channels; the input's labels are tied to the former. Groups stay equal."""
-    mode, ledger = call.mode, call.mode.ledger
-    x, w, bias, groups, transposed = (call.arg(a) for a in ("input", "weight", "bias", "groups", "transposed"))
-    out = call.first_out
-    first, second = mode.ids(w, 0), mode.ids(w, 1)
-    for m in mode.maps(w):
-        if min(varies(m), default=0) >= 2:
-            ledger.pin(core(m), "kernel elements are never cut")
-    for m in mode.maps(x):
-        if 1 not in varies(m):
-            ledger.pin(core(m), mode.at("convolution over a labelled dimension"))
-    entering = mode.ids(x, 1)
-    reason = mode.at("reads channels that can't be cut")
-    per_group = x.shape[1] // groups
-    if transposed:
-        ledger.tie(entering, first, reason)
-        leaving = second.repeat(groups)
-        if groups > 1:
-            ledger.tie(entering.view(groups, -1), entering.view(groups, -1)[:1], reason)
-    else:
-        leaving = first
-        if groups > 1 and per_group == 1:
-            mode.site(call, entering, [(groups, entering)], [Way()], free=True)
-            if not first.any() and not (w != w[:1]).any():  # a fixed filter, the same for every channel
-                first = entering.repeat_interleave(len(first) // groups)
-            ledger.tie(first.view(groups, -1), entering.view(groups, 1), reason)
-        else:
-            ledger.tie(entering.view(groups, per_group), second.view(1, per_group), reason)
-            if groups > 1:
-                ledger.tie(first.view(groups, -1), first.view(groups, -1)[:1], reason)
-    if bias is not None:
-        ledger.tie(mode.ids(bias, 0), leaving, reason)
-    positions = math.prod((x if transposed else out).shape[2:])
-    fixed = x.shape[0] * positions * math.prod(w.shape[2:])
-    kind = "conv_transpose" if transposed else "conv"
-    axes = tuple(a for a, size in ((first, w.shape[0]), (second, w.shape[1])) if size > 1)
-    mode.operation(Operation(mode.module, kind, mode.name_of(w), fixed, axes, leaving, positions))
-    mode.convolved[id(out)] = mode.module
-    return (leaving.view([1, -1] + [1] * (out.dim() - 2)).expand(out.shape),)
-
-
-def matmul(call: Call) -> Maps:
-    """mm, bmm, addmm, baddbmm, mv: contracted channels are tied, the others pass on."""
-    mode, ledger = call.mode, call.mode.ledger
-    a, b = call.tensors[-2:]
-    out = call.first_out
-    reason = mode.at("meets features that can't be cut")
-    if b.dim() == 1:  # a matrix and a vector
-        ledger.tie(mode.ids(a, 1), mode.ids(b, 0), reason)
-        return tuple(m.select(-1, 0) for m in mode.maps(a) if 1 not in varies(m))
-    left, right = mode.maps(a), mode.maps(b)
-    over_a = [m for m in left if m.dim() - 1 in varies(m)]
-    over_b = [m for m in right if m.dim() - 2 in varies(m)]
-    rows = [m for m in left if m.dim() - 1 not in varies(m)]
-    columns = [m for m in right if m.dim() - 2 not in varies(m)]
-    inner: list[Tensor] = []
-    if over_a and over_b:
-        for m in over_a:
-            for n in over_b:
-                p, q = m.select(-2, 0), n.select(-1, 0)
-                a_inner, b_inner = torch.broadcast_tensors(p, q)
-                ledger.tie_maps(a_inner, b_inner, reason)
-        inner = [core(over_a[0].select(-2, 0))]
-    else:
-        for m in [*over_a, *over_b]:
-            ledger.pin(core(m), reason)
-        inner = [core(m) for m in [*over_a, *over_b]][:1]
-    passed = [m.select(-1, 0).unsqueeze(-1).expand(out.shape) for m in rows]
-    passed += [m.select(-2, 0).unsqueeze(-2).expand(out.shape) for m in columns]
-    added = [m.expand(out.shape) for m in mode.maps(call.tensors[0])] if len(call.tensors) == 3 else []
-    passed = mode.merged([passed[: len(rows)], passed[len(rows) :], added], reason)  # both sides may have heads
-    axes = (*inner, *[core(m) for m in [*rows, *columns]])
-    total = out.numel() * a.shape[-1]
-    name = mode.name_of(b) or mode.name_of(a)
-    fixed = total // math.prod(len(x) for x in axes)
-    writes = core(columns[0]) if columns and name else None
-    mode.operation(Operation(mode.module, "matmul", name, fixed, axes, writes))
-    return tuple(passed)
 
 
 def batch_norm(call: Call) -> tuple[Maps, ...]:
@@ -226,7 +144,7 @@ def reduction(call: Call) -> tuple[Maps, ...]:
             call.mode.rescale(core(m), f"{call.name} over channels")
         if set(varies(m)) <= set(dims):
             continue
-        m = _alike_along(call, m, dims, call.name)
+        (m,) = _alike_along(call, m, dims, call.name)
         for d in sorted(dims, reverse=True):
             m = m.narrow(d, 0, 1) if call.arg("keepdim", False) else m.select(d, 0)
         results.append(m)
@@ -237,35 +155,11 @@ def along(call: Call) -> tuple[Maps, ...]:
     """softmax, cumsum, sort: every one along the dimension depends on every other."""
     dim = call.arg("dim", -1) % call.tensors[0].dim()
     shape, results = call.first_out.shape, []
+    across = call.mode.at(f"{call.name} across channels")
     for m in call.mode.maps(call.tensors[0]):
-        if dim in varies(m):
-            m = _alike_along(call, m, [dim], call.mode.at(f"{call.name} across channels"))
-        if m.shape != shape:  # topk keeps fewer
-            m = m.narrow(dim, 0, 1).expand(shape)
-        results.append(m)
+        for left in _alike_along(call, m, [dim], across) if dim in varies(m) else (m,):
+            results.append(left if left.shape == shape else left.narrow(dim, 0, 1).expand(shape))  # topk keeps fewer
     return _each(call, results)
-
-
-def attention(call: Call) -> tuple[Maps, ...]:
-    """Fused attention: queries meet keys, values pass. (B, heads, tokens, width)."""
-    mode, out = call.mode, call.first_out
-    q, k, v = call.tensors[:3]
-    reason = mode.at("meets features that can't be cut")
-    mode.ledger.tie(mode.ids(q, 3), mode.ids(k, 3), reason)
-    fixed = out.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    for width, meets in ((mode.ids(q, 3), q), (mode.ids(v, 3), v)):
-        labelled = len(width) if bool((width != 0).any()) else 1
-        axes = (width,) if labelled > 1 else ()
-        mode.operation(Operation(mode.module, "matmul", "", fixed * meets.shape[3] // labelled, axes))
-    for m in (m for t in (q, k, v) for m in mode.maps(t) if 2 in varies(m)):
-        mode.ledger.pin(core(m), mode.at("attention over a labelled dimension"))
-    if call.arg("scale") is None:
-        mode.rescale(mode.ids(q, 3), "scaled dot product attention, scaled by its width")
-    heads = [[m[..., :1, :1].expand(out.shape) for m in mode.maps(t) if 1 in varies(m) and 3 not in varies(m)]
-             for t in (q, k)]  # fmt: skip
-    values = [m[..., :1, :].expand(out.shape) for m in mode.maps(v) if 2 not in varies(m)]
-    maps = tuple(mode.merged([values, *heads], reason))
-    return (maps, *[() for _ in tree_leaves(call.out)[1:]])
 
 
 def gate(call: Call) -> Maps:
@@ -279,34 +173,12 @@ def gate(call: Call) -> Maps:
     return tuple(results)
 
 
-def unfold(call: Call) -> Maps:
-    """Patches of a map, (B, C, H, W) -> (B, C * k * k, positions): each channel occupies k * k rows."""
-    source, out = call.tensors[0], call.first_out
-    ids = call.mode.ids(source, 1)
-    return (ids.repeat_interleave(out.shape[1] // len(ids)).view(1, -1, 1).expand(out.shape),)
-
-
-def fold(call: Call) -> Maps:
-    """The reverse: rows of one channel share its fate."""
-    source, out = call.tensors[0], call.first_out
-    rows = call.mode.ids(source, 1).view(out.shape[1], -1)
-    call.mode.ledger.tie(rows, rows[:, :1], call.mode.at("rows of one channel"))
-    return (rows[:, 0].view([1, -1] + [1] * (out.dim() - 2)).expand(out.shape),)
-
-
 def unpool(call: Call) -> Maps:
     """Back to where the maxima were: the channels of values and places go together."""
     values, places = call.tensors
     for m, n in zip(call.mode.maps(values), call.mode.maps(places), strict=False):
         call.mode.ledger.tie_maps(m, n, call.mode.at("meets channels that can't be cut"))
     return spatial(call)  # type: ignore[return-value]
-
-
-def embedding(call: Call) -> Maps:
-    """Rows are chosen by number, features pass."""
-    weight, out = call.tensors[0], call.first_out
-    call.mode.ledger.pin(call.mode.ids(weight, 0), call.mode.at("rows of an embedding"))
-    return (call.mode.ids(weight, 1).expand(out.shape),)
 
 
 def fourier(call: Call) -> Maps:
@@ -329,34 +201,6 @@ def complex_view(call: Call) -> Maps:
     if out.dim() > source.dim():
         return tuple(m.unsqueeze(-1).expand(out.shape) for m in call.mode.maps(source))
     return tuple(m.select(-1, 0) for m in call.mode.maps(source))
-
-
-def recurrent(call: Call) -> Maps:
-    """An LSTM in one op: what enters can be cut, its state can't."""
-    mode = call.mode
-    x, weight, *rest = call.tensors
-    mode.ledger.tie(mode.ids(x, x.dim() - 1), mode.ids(weight, 1), mode.at("reads channels that can't be cut"))
-    mode.ledger.pin(mode.ids(weight, 0), mode.at("state of a recurrent layer"))
-    mode.pin(rest, mode.at("state of a recurrent layer"))
-    return ()
-
-
-def weight_norm(call: Call) -> tuple[Maps, ...]:
-    """``v`` scaled to the norms ``g``."""
-    v, g = call.tensors
-    for m in call.mode.maps(v):
-        call.mode.rescale(core(m), "weight norm")
-    dim = call.arg("dim", 0)
-    call.mode.ledger.tie(call.mode.ids(v, dim), call.mode.ids(g, dim), call.mode.at("scales channels that can't be cut"))
-    return call.mode.maps(v), call.mode.maps(g)
-
-
-def dot(call: Call) -> Maps:
-    """A product of two vectors."""
-    a, b = (call.mode.ids(t, 0) for t in call.tensors)
-    call.mode.rescale(a, call.name)
-    call.mode.ledger.tie(a, b, call.mode.at("meets features that can't be cut"))
-    return ()
 
 
 def same(call: Call) -> Maps:

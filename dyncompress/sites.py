@@ -71,8 +71,8 @@ class Site:
 
     @property
     def others(self) -> range:
-        """Ways that come after the one that is taken; a tensor that the code makes may also be left as it is."""
-        return range(self.taken + 1, len(self.ways) + (self.line[1] in FACTORIES))
+        """Ways that come after the one that is taken; the last one stands for none: the channels are pinned."""
+        return range(self.taken + 1, len(self.ways) + 1)
 
     @property
     def unpatched(self) -> int:
@@ -101,7 +101,7 @@ def _near_holders(module: nn.Module, path: str, number: int) -> list[Attribute]:
 
 
 def _known(module: nn.Module) -> bool:
-    """torch's own modules learn their widths from their tensors."""
+    """Torch's own modules learn their widths from their tensors."""
     return type(module).__module__.startswith("torch.nn.")
 
 

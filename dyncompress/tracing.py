@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,20 +20,18 @@ from dyncompress.audit import Audit, AuditedRun, Finding, ZeroedRun
 from dyncompress.errors import TraceError
 from dyncompress.graph import (
     ConvGraph,
-    Group,
-    Operation,
     as_call,
     bare,
     duplicate,
-    extent,
     one_image,
     parameter_shapes,
     tensors_in,
     undisturbed,
 )
-from dyncompress.layers import ConvSpec
-from dyncompress.narrowing import Runs, cut, encode, positions
-from dyncompress.propagation import Axis, Propagation, Recording
+from dyncompress.grouping import Closed, agreed, members, named, operation
+from dyncompress.narrowing import cut, positions
+from dyncompress.propagation import Propagation
+from dyncompress.recording import Axis, Recording
 from dyncompress.rules import rule_for
 from dyncompress.sites import Line
 
@@ -87,27 +83,6 @@ def _training(net: nn.Module, training: bool) -> nn.Module:
         if isinstance(m, nn.modules.batchnorm._NormBase):
             m.eval()
     return net
-
-
-@dataclass
-class _Closed:
-    """Channel classes, and the width groups that they form."""
-
-    classes: np.ndarray
-    pinned: dict[int, str]
-    members: list[list[int]]
-
-    def __post_init__(self) -> None:
-        self.place = {c: (g, i) for g, group in enumerate(self.members) for i, c in enumerate(group)}
-
-    def runs(self, labels: Tensor) -> Runs:
-        """An axis in terms of width groups."""
-        where = [self.place.get(c, (-1, 0)) for c in self.classes[labels.numpy()].tolist()]
-        return encode([w[0] for w in where], [w[1] for w in where])
-
-    def groups(self, labels: np.ndarray) -> set[int]:
-        """Width groups that some labels belong to."""
-        return {self.place[c][0] for c in np.unique(self.classes[labels]).tolist() if c in self.place}
 
 
 class _Tracer:
@@ -177,9 +152,7 @@ class _Tracer:
         return [shapes]
 
     def _unseen(self, recording: Recording) -> list[str]:
-        return [
-            name for name, m in self.net.named_modules() if not recording.calls[name] and list(m.parameters(False))
-        ]
+        return [name for name, m in self.net.named_modules() if not recording.calls[name] and list(m.parameters(False))]
 
     # ---- the graph -----------------------------------------------------------------------------------------------
 
@@ -196,9 +169,7 @@ class _Tracer:
             closed, graph = self._build()
         return graph
 
-    def _mend(
-        self, closed: _Closed, graph: ConvGraph, finding: Finding
-    ) -> tuple[_Closed, ConvGraph, list[Finding]]:
+    def _mend(self, closed: Closed, graph: ConvGraph, finding: Finding) -> tuple[Closed, ConvGraph, list[Finding]]:
         """Get past a finding: by another way at one of the suspected places, else by pinning what it found."""
         before = dict(self.decisions)
         for update in self._suspects(closed, finding):
@@ -216,25 +187,25 @@ class _Tracer:
         built = self._build()
         return *built, self._audit(*built)
 
-    def _build(self) -> tuple[_Closed, ConvGraph]:
+    def _build(self) -> tuple[Closed, ConvGraph]:
         recording = self.recording
         ledger = recording.ledger.copy()
         for axis, where, reason in self.pins:
             ledger.pin(recording.axes[axis][torch.from_numpy(where)], reason)
         classes, pinned = ledger.classes()
         counts = self._counts()
-        closed = _Closed(classes, pinned, _members(recording, classes, pinned, [ids for _, ids in counts]))
+        closed = Closed(classes, pinned, members(recording, classes, pinned, [ids for _, ids in counts]))
         axes = {f"{name}:{dim}": closed.runs(ids) for (name, dim), ids in recording.axes.items()}
         axes = {key: r for key, r in axes.items() if any(group >= 0 for group, *_ in r)}
-        operations = tuple(self._operation(closed, op) for op in recording.operations)
+        operations = tuple(operation(self.net, recording, closed, op) for op in recording.operations)
         seams = {name: (closed.runs(s.entering), closed.runs(s.leaving)) for name, s in recording.seams.items()}
         graph = ConvGraph(
             operations,
-            _named(closed.members, operations),
+            named(closed.members, operations),
             axes,
             seams,
             parameter_shapes(self.net),
-            _agreed((key, closed.runs(ids)) for key, ids in counts),
+            agreed((key, closed.runs(ids)) for key, ids in counts),
             tuple(self._unseen(recording)),
             tuple(dict.fromkeys(reason for ids, reason in recording.rescaled if closed.groups(ids.numpy()))),
         )
@@ -243,24 +214,15 @@ class _Tracer:
     def _counts(self) -> list[tuple[str, Tensor]]:
         """Attributes that count channels, as far as the ways that are taken use them."""
         return [
-            (c.attribute.key, c.labels) for site in self.recording.sites if site.way is not None for c in site.way.counts
+            (c.attribute.key, c.labels)
+            for site in self.recording.sites
+            if site.way is not None
+            for c in site.way.counts
         ]
-
-    def _operation(self, closed: _Closed, op: Any) -> Operation:
-        recording = self.recording
-        own = closed.classes[op.writes.numpy()].tolist() if op.writes is not None else []
-        kept = all(c not in closed.place for c in own)
-        reason = next((closed.pinned[c] for c in own if c in closed.pinned), "") if kept else ""
-        spec, block, norm = _replaceable(self.net, recording, op.module, op.weight), "", ""
-        if spec is not None:
-            inside = [b for b in recording.residual_modules if b and op.module.startswith(b + ".")]
-            block, norm = max(inside, key=len, default=""), recording.norms.get(op.module, "")
-        extents = tuple(extent(closed.runs(ids)) for ids in op.axes)
-        return Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason)
 
     # ---- verification --------------------------------------------------------------------------------------------
 
-    def _audit(self, closed: _Closed, graph: ConvGraph, only: Sequence[int] | None = None) -> list[Finding]:
+    def _audit(self, closed: Closed, graph: ConvGraph, only: Sequence[int] | None = None) -> list[Finding]:
         """Cut these groups out of a copy, run it, and see whether every channel is where the graph says."""
         groups = range(len(graph.groups)) if only is None else only
         if not groups:
@@ -293,12 +255,12 @@ class _Tracer:
             run.close()
         return run.findings
 
-    def _compare(self, closed: _Closed, kept: Sequence[Sequence[int]], found: Sequence[Tensor]) -> list[Finding]:
+    def _compare(self, closed: Closed, kept: Sequence[Sequence[int]], found: Sequence[Tensor]) -> list[Finding]:
         """Does the cut network compute what the original computes when nothing reads the cut channels?"""
         stays = torch.ones(len(closed.classes), dtype=torch.bool)
-        for g, members in enumerate(closed.members):
-            gone = sorted(set(range(len(members))) - set(kept[g]))
-            stays[torch.from_numpy(np.isin(closed.classes, [members[i] for i in gone]))] = False
+        for group, stay in zip(closed.members, kept, strict=True):
+            gone = [group[i] for i in sorted(set(range(len(group))) - set(stay))]
+            stays[torch.from_numpy(np.isin(closed.classes, gone))] = False
         _training(self.net, training=False)
         run = ZeroedRun(self.net, self.decisions, stays)
         try:
@@ -314,7 +276,7 @@ class _Tracer:
                 return [Finding(reason, "", sys.maxsize, sys.maxsize, nothing, nothing)]
         return []
 
-    def _suspects(self, closed: _Closed, finding: Finding) -> list[dict[Line, int]]:
+    def _suspects(self, closed: Closed, finding: Finding) -> list[dict[Line, int]]:
         """Other ways at the places that a finding may stem from: those that its channels passed last go first."""
         groups = closed.groups(finding.labels) | closed.groups(finding.nearby)
         passed = [s for s in self.recording.sites[: finding.places + 1] if s.way is not None]
@@ -324,19 +286,23 @@ class _Tracer:
             anywhere = finding.progress == sys.maxsize
             touching = [s for s, found in cuttable if found and (anywhere or s.module == finding.module)]
         ordered = sorted(reversed(touching), key=lambda s: s.module != finding.module)
-        tries = [{s.line: way} for s in ordered for way in s.others]
-        together = {s.line: s.unpatched for s in ordered if s.way is not None and s.way.counts}
-        unique = {tuple(t.items()): t for t in ([together] if together else []) + tries}
+        tries = [{s.line: s.unpatched for s in ordered if s.way is not None and s.way.counts}]
+        if ordered:
+            alike = [s for s in ordered if s.line[:2] == ordered[0].line[:2]]  # the same code runs in turn
+            tries += [{s.line: way for s in alike if way < len(s.ways)} for way in ordered[0].others[:-1]]
+        tries += [{s.line: way} for s in ordered for way in s.others[:-1]]
+        tries += [{s.line: len(s.ways)} for s in ordered]
+        unique = {tuple(t.items()): t for t in tries if t}
         return list(unique.values())[:TRIES]
 
-    def _pin_groups(self, closed: _Closed, broken: Mapping[int, str]) -> None:
+    def _pin_groups(self, closed: Closed, broken: Mapping[int, str]) -> None:
         for group, reason in broken.items():
             for axis, labels in self.recording.axes.items():
                 where = np.nonzero(np.isin(closed.classes[labels.numpy()], closed.members[group]))[0]
                 if where.size:
                     self.pins.append((axis, where, reason))
 
-    def _broken(self, closed: _Closed, graph: ConvGraph) -> dict[int, str]:
+    def _broken(self, closed: Closed, graph: ConvGraph) -> dict[int, str]:
         """Groups that fail, found by halving the suspects."""
         broken: dict[int, str] = {}
 
@@ -361,63 +327,3 @@ def _sample(channels: int, group: int) -> list[int]:
     """About two thirds of the channels, at irregular places: a shifted channel shows."""
     kept = [i for i in range(channels) if (i + group) % 3 != 1]
     return kept if len(kept) < channels else kept[1:]
-
-
-def _members(
-    recording: Recording, classes: np.ndarray, pinned: Mapping[int, str], counted: Sequence[Tensor]
-) -> list[list[int]]:
-    """Width groups as lists of classes: classes that occupy the same axes, and are counted, equally often."""
-    places: dict[int, dict[Any, int]] = defaultdict(lambda: defaultdict(int))
-    useful: set[int] = set()
-    every: dict[Any, Tensor] = dict(recording.axes)
-    for name, seam in recording.seams.items():
-        every |= {(name, "in"): seam.entering, (name, "out"): seam.leaving}
-    every |= {("count", i): ids for i, ids in enumerate(counted)}
-    for axis, ids in every.items():
-        for c in classes[ids.numpy()].tolist():
-            places[c][axis] += 1
-    for op in recording.operations:
-        for ids in op.axes:
-            useful.update(classes[ids.numpy()].tolist())
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for c, where in places.items():  # insertion order: that of the network's run
-        if c != 0 and c not in pinned and c in useful:
-            groups[frozenset(where.items())].append(c)
-    return [members for members in groups.values() if len(members) > 1]
-
-
-def _agreed(counts: Any) -> dict[str, Runs]:
-    """Attributes that count the channels of a group; one that would have to count two different things is left."""
-    found: dict[str, set[Runs]] = defaultdict(set)
-    for key, runs in counts:
-        found[key].add(runs)
-    return {
-        key: next(iter(several))
-        for key, several in found.items()
-        if len(several) == 1 and any(group >= 0 for runs in several for group, *_ in runs)
-    }
-
-
-def _replaceable(net: nn.Module, recording: Recording, name: str, weight: str) -> ConvSpec | None:
-    module = net.get_submodule(name)
-    if recording.calls[name] > 1:
-        return None
-    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and weight == f"{name}.weight":
-        return ConvSpec.of(module)  # type: ignore[arg-type]
-    return None
-
-
-def _named(members: Sequence[Sequence[int]], operations: Sequence[Operation]) -> tuple[Group, ...]:
-    names: dict[int, str] = {}
-    for op in operations:
-        writes = op.axes[:1] if op.kind == "conv" else op.axes[1:2]
-        for _, parts in writes:
-            for group, _ in parts:
-                names.setdefault(group, op.module)
-    used: dict[str, int] = defaultdict(int)
-    groups = []
-    for g, channels in enumerate(members):
-        name = names.get(g, f"group{g}")
-        used[name] += 1
-        groups.append(Group(name if used[name] == 1 else f"{name}#{used[name]}", len(channels)))
-    return tuple(groups)
