@@ -46,7 +46,7 @@ from dyncompress.inputs import example_of, placed, training_inputs
 from dyncompress.layers import get_method
 from dyncompress.patch import Patch
 from dyncompress.plan import Plan
-from dyncompress.planning import make_plan
+from dyncompress.planning import check_shares, make_plan
 from dyncompress.restoring import follow, plans_of, refuse_other_plan
 from dyncompress.student import Student
 from dyncompress.teaching import TaughtStep
@@ -117,11 +117,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             raise PlanError("DynCompress has neither target nor plan; give target='33%', say, or plan= a file")
         if target is not None:
             Budget.parse(target)
-        if allocation == "sensitivity" or importance == "taylor":
-            raise PlanError(
-                f"DynCompress(allocation={allocation!r}, importance={importance!r}) would need data before training"
-                " starts; make the plan with make_plan, which takes it, and pass it as plan="
-            )
+        check_shares(allocation, importance, measured=False)
         get_method(method, **(options or {}))
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
             raise DynCompressError(f"recalibrate {recalibrate!r} is no number of batches; 8 is usual, 0 leaves it out")

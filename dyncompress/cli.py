@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(words: Sequence[str]) -> None:
     from dyncompress.planning import reachable
+    from dyncompress.runner import telling
     from dyncompress.subject import Subject
 
     recipe = read_recipe(words, "dyncompress plan")
@@ -95,7 +96,8 @@ def _plan(words: Sequence[str]) -> None:
                 static=recipe.static, floors=recipe.floors, quantity=quantity,
             )  # fmt: skip
             console.print(f"reachable with {recipe.method}: {reach}", highlight=False)
-    plan = subject.plan()
+    with console.status("planning") as status:
+        plan = subject.plan(telling(status))
     console.print(plan.table())
     if recipe.out:
         plan.save(recipe.out)

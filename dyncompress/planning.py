@@ -15,7 +15,7 @@ from dyncompress.cost import Choice, CostModel, static_choices, widths
 from dyncompress.errors import BudgetError, PlanError
 from dyncompress.evaluation import measure_latency
 from dyncompress.graph import ConvGraph, Operation, extent
-from dyncompress.importance import best, importance
+from dyncompress.importance import IMPORTANCES, best, importance
 from dyncompress.knapsack import allocate
 from dyncompress.layers import ConvSite, Method, Static, get_method
 from dyncompress.marginal import Terms
@@ -209,8 +209,7 @@ def make_plan(
         ([48, 41], 0.499)
     """
     budget = Budget.parse(target)
-    if allocation not in ALLOCATIONS:
-        raise PlanError(f"allocation {allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
+    check_shares(allocation, importance)
     if (allocation == "sensitivity") != (sensitivity is not None):
         raise PlanError(
             f"allocation {allocation!r} is given with{'out' * (sensitivity is None)} a sensitivity map; 'sensitivity'"
@@ -231,6 +230,30 @@ def make_plan(
     if budget.limit("latency") is not None:
         return _solve_latency(net, example, problem, budget, allocation, tolerance)
     return problem.solve(budget, allocation, tolerance)
+
+
+def check_shares(allocation: str, importance: str, *, measured: bool = True) -> None:
+    """Raise unless there are such an allocation and importance.
+
+    Args:
+        allocation: As for `make_plan`.
+        importance: As for `make_plan`.
+        measured: Whether those that take data may be asked for.
+
+    Raises:
+        PlanError: If not.
+    """
+    for key, value, known, of_data in (
+        ("allocation", allocation, ALLOCATIONS, "sensitivity"),
+        ("importance", importance, IMPORTANCES, "taylor"),
+    ):
+        if value not in known:
+            raise PlanError(f"{key} {value!r} is unknown; choose one of {', '.join(known)}")
+        if value == of_data and not measured:
+            raise PlanError(
+                f"{key} {value!r} takes data, and none is there before training starts; make the plan with make_plan,"
+                f" which takes it, and pass it as plan= ({key}: {', '.join(k for k in known if k != of_data)})"
+            )
 
 
 def reachable(

@@ -22,6 +22,7 @@ from dyncompress.budget import Budget
 from dyncompress.distillation import DistillConfig
 from dyncompress.errors import RecipeError
 from dyncompress.layers import get_method
+from dyncompress.planning import check_shares
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Recipe:
     def __post_init__(self) -> None:
         Budget.parse(self.target)
         get_method(self.method, **self.options)
+        check_shares(self.allocation, self.importance)
         least = {"epochs": (self.epochs, 1), "baseline.epochs": (self.baseline.epochs, 1), "threads": (self.threads, 0),
                  "batches": (self.batches, 1)}  # fmt: skip
         for key, (count, lowest) in least.items():

@@ -34,6 +34,7 @@ from dyncompress.loggers import LOGS, run_loggers, wandb_mode
 from dyncompress.plan import Plan
 from dyncompress.recipe import Recipe, importable
 from dyncompress.report import Report
+from dyncompress.sensitivity import Progress
 from dyncompress.subject import Subject, quiet
 from dyncompress.tracking import log_report
 
@@ -157,7 +158,8 @@ class Run:
         if paths["student"].exists():
             plans = {arm: Plan.load(path) for arm, path in paths.items() if path.exists()}
         else:
-            plans = self.subject.plans()
+            with self.console.status("planning") as status:
+                plans = self.subject.plans(telling(status))
             for arm, path in paths.items():
                 if arm in plans:
                     plans[arm].save(path)
@@ -271,6 +273,11 @@ def progress(lightning: Any, tell: Callable[[str], None]) -> Any:
             tell(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {metrics}")
 
     return Progress()
+
+
+def telling(status: Any) -> Progress:
+    """Shows in a status line what a sensitivity map is at."""
+    return lambda done, total, what: status.update(f"measuring sensitivity {done}/{total}  {what}")
 
 
 def _write_json(path: Path, content: Any) -> None:

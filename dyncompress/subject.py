@@ -23,7 +23,7 @@ from dyncompress.host import find_network
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
 from dyncompress.recipe import Recipe, build, importable, suggest
-from dyncompress.sensitivity import measure
+from dyncompress.sensitivity import Progress, measure
 
 # What the recipe decides itself, and where.
 RESERVED = {"max_epochs": "epochs and baseline.epochs", "logger": "wandb", "callbacks": "distill and method"}
@@ -113,13 +113,13 @@ class Subject:
             raise RecipeError(f"score: {problem}{suggest(self.recipe.score, found)}")
         return float(found[self.recipe.score])
 
-    def plan(self) -> Plan:
-        """The student's plan, at the weights that the module has now."""
-        return self._plan(self.recipe.method, self.recipe.target, self.recipe.options)
+    def plan(self, progress: Progress | None = None) -> Plan:
+        """The student's plan, at the weights that the module has now; progress of what it takes measuring."""
+        return self._plan(self.recipe.method, self.recipe.target, self.recipe.options, progress)
 
-    def plans(self) -> dict[str, Plan]:
+    def plans(self, progress: Progress | None = None) -> dict[str, Plan]:
         """The student's plan, and its control's: the static network that costs as many MACs as the student."""
-        student = self.plan()
+        student = self.plan(progress)
         if not self.recipe.control or self.recipe.method == "static":
             return {"student": student}
         return {"static": self._plan("static", student.macs_after, {}), "student": student}
@@ -152,7 +152,7 @@ class Subject:
     def _measures(self) -> bool:
         return self.recipe.allocation == "sensitivity" or self.recipe.importance == "taylor"
 
-    def _plan(self, method: str, target: Target, options: dict[str, Any]) -> Plan:
+    def _plan(self, method: str, target: Target, options: dict[str, Any], progress: Progress | None = None) -> Plan:
         recipe, network = self.recipe, self.network(self.model)
         batches = self.batches(recipe.batches) if self._measures else []
         channels: dict[str, Any] = {"importance": recipe.importance}
@@ -167,6 +167,7 @@ class Subject:
                 lambda net: evaluate(net, batches),
                 name=f"accuracy on {len(batches)} training batches of {recipe.data}",
                 cache=MAPS,
+                progress=progress,
                 **channels,
             )
         return make_plan(

@@ -124,6 +124,18 @@ def test_batchnorm_is_recalibrated_on_training_batches() -> None:
     assert start.gap > 1e-3
 
 
+def test_what_shapes_the_plan_reaches_it() -> None:
+    module = Classifier()
+    shape = {"allocation": "importance", "importance": "bn", "floors": {"conv*": 0.5}, "static": ("*",)}
+    expected = make_plan(module.net, EXAMPLE, ("60%", "70% params"), **shape)
+    callback = DynCompress(target=("60%", "70% params"), **shape)
+    callback.attach(module, EXAMPLE)
+    found = plan_of(module.net)
+    assert found is not None and found.widths == expected.widths
+    assert (found.target, found.allocation, found.importance) == ("60%, 70% params", "importance", "bn")
+    assert not any(isinstance(m, DynamicConv) for m in module.modules())
+
+
 # ---- manners -----------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,11 @@ EXAMPLE = torch.zeros(1, 3, 8, 8)
         ({"target": 0.5, "method": "dynett"}, UnknownMethodError, "did you mean 'dynet'"),
         ({"target": 0.5, "options": {"h": 2}}, DynCompressError, "no option 'h'"),
         ({"target": 0.5, "recalibrate": -1}, DynCompressError, "recalibrate -1"),
+        ({"target": "50%, 40%"}, BudgetError, "limits MACs twice"),
+        ({"target": 0.5, "allocation": "best"}, PlanError, "'best' is unknown; choose one of uniform"),
+        ({"target": 0.5, "importance": "best"}, PlanError, "'best' is unknown; choose one of magnitude"),
+        ({"target": 0.5, "allocation": "sensitivity"}, PlanError, "'sensitivity' takes data.* pass it as plan="),
+        ({"target": 0.5, "importance": "taylor"}, PlanError, "'taylor' takes data.* pass it as plan="),
     ],
 )
 def test_arguments_are_refused_at_once(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -43,6 +43,26 @@ def test_plan_shows_range_and_layers_and_writes_the_plan(command: Command, tmp_p
     assert dyncompress.Plan.load(path).ratio == pytest.approx(0.33, rel=0.01)
 
 
+def test_plan_tells_every_limit(command: Command) -> None:
+    code, out, err = command(f"plan {DIGITS} --target 33%,90%params --model.widths [8,16]")
+    assert (code, err) == (0, "")
+    told = " ".join(out.split())
+    assert "MACs (" in told and "parameters (" in told
+    assert "asked 33.00% of the MACs, achieved 3" in told and "asked 90.00% of the parameters, achieved" in told
+
+
+def test_plan_measures_what_the_allocation_asks_for(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Path(DIGITS).resolve()
+    monkeypatch.chdir(tmp_path)
+    words = "--target 50% --model.widths [8,16] --allocation sensitivity --importance bn --batches 1"
+    code, out, err = command(f"plan {recipe} {words}")
+    assert (code, err) == (0, "")
+    assert "widths: sensitivity, channels by bn" in " ".join(out.split())
+    assert len(list(Path("runs/sensitivity").iterdir())) == 1
+
+
 def test_run_trains_compares_and_report_collects(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from digits import Digits
 from dyncompress.distillation import DistillConfig
-from dyncompress.errors import BudgetError, DynCompressError, RecipeError, UnknownMethodError
+from dyncompress.errors import BudgetError, DynCompressError, PlanError, RecipeError, UnknownMethodError
 from dyncompress.recipe import Baseline, Recipe, build, importable, read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -50,6 +50,19 @@ def test_any_value_can_be_changed_on_the_command_line(written: Any) -> None:
     assert recipe.data["init_args"] == {"root": "X"} and recipe.model["init_args"] == {"lr": 0.1}
     assert recipe.trainer == {"precision": "bf16-true", "limit_train_batches": 2}
     assert recipe.baseline.checkpoint == "w.pt" and recipe.options == {"g": 6} and recipe.wandb is None
+
+
+def test_several_limits_and_floors(written: Any) -> None:
+    text = MINIMAL.replace("target: 33%", "target: [33%, 50% params]")
+    text += 'floors: {"layer4.*": 0.5, conv1: 24, conv2: 1.0}\nstatic: ["layer1.*"]\n'
+    recipe = read_recipe([written(text)])
+    assert recipe.target == ("33%", "50% params") and recipe.static == ("layer1.*",)
+    assert {key: repr(floor) for key, floor in recipe.floors.items()} == {
+        "layer4.*": "0.5",
+        "conv1": "24",
+        "conv2": "1.0",
+    }
+    assert read_recipe([written(text), "--target", "33%, 50% params"]).target == "33%, 50% params"
 
 
 def test_config_is_the_long_form_of_the_path(written: Any) -> None:
@@ -106,6 +119,10 @@ def test_missing_file_and_missing_word() -> None:
         (["--target", "0"], BudgetError, "'0' must be positive"),
         (["--target=-5%"], BudgetError, "'-5%' must be positive"),
         (["--target", "130%"], BudgetError, "at most 1"),
+        (["--target", "33%, 40%"], BudgetError, "limits MACs twice"),
+        (["--allocation", "best"], PlanError, "choose one of uniform, importance, sensitivity"),
+        (["--importance", "best"], PlanError, "choose one of magnitude, bn, taylor"),
+        (["--batches", "0"], RecipeError, "batches is 0 - a number from 1"),
         (["--target", "a third"], BudgetError, "'a third' is unreadable"),
         (["--method", "dynot"], UnknownMethodError, "no method 'dynot'.*did you mean 'dynet'"),
         (["--options.kernels", "4"], DynCompressError, "'dynet' has no option 'kernels'"),

@@ -59,6 +59,34 @@ def test_student_and_control_cost_the_same() -> None:
     assert plans["static"].macs_after == pytest.approx(plans["student"].macs_after, rel=0.01)
 
 
+def test_importance_and_sensitivity_are_measured_on_training_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = replace(RECIPE, allocation="sensitivity", importance="taylor", batches=2, target="40%, 90% params")
+    subject = Subject.of(recipe)
+    subject.check()
+    assert not list(tmp_path.iterdir())  # a check measures nothing
+    plans = subject.plans()
+    assert {(p.allocation, p.importance) for p in plans.values()} == {("sensitivity", "taylor")}
+    (folder,) = tmp_path.glob("runs/sensitivity")
+    assert len(list(folder.iterdir())) == 1  # the control's plan reads the student's map
+    assert plans["student"].to_json() == Subject.of(recipe).plans()["student"].to_json()
+    (limits,) = ([limit.text for limit, *_ in plans["student"].asked],)
+    assert limits == ["40%", "90% params"]
+    first, again = (subject.batches(1)[0] for _ in range(2))
+    assert torch.equal(first[0], again[0])  # the loader shuffles
+
+
+def test_floors_and_static_layers_reach_both_plans() -> None:
+    recipe = replace(RECIPE, target="50%", floors={"blocks.1.conv1": 1.0}, static=("blocks.1.conv2",))
+    plans = Subject.of(recipe).plans()
+    for plan in plans.values():
+        rows = {row.name: row for row in plan.layers}
+        assert rows["blocks.1.conv1"].out_after == rows["blocks.1.conv1"].out_before
+        assert rows["blocks.1.conv2"].method == "static"
+
+
 @pytest.mark.parametrize("change", [{"control": False}, {"method": "static"}])
 def test_a_control_is_left_out_when_it_is_not_wanted_or_the_same(change: dict[str, Any]) -> None:
     assert list(Subject.of(replace(RECIPE, **change)).plans()) == ["student"]
