@@ -266,6 +266,7 @@ class Plan:
                 Choice(e["name"], get_method(e["method"], **e["options"]), e["share"], e["reason"])
                 for e in data["layers"]
             )
+            Budget.parse(data["target"])
             known = [op.module for op in graph.convs]
             if [c.name for c in choices] != known:
                 raise PlanError(f"the plan's layers are {[c.name for c in choices]}; the network's are {known}")

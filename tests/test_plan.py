@@ -107,6 +107,8 @@ def test_other_malformed_plans(plan):
         Plan.from_json(corrupt(plan, groups=[]))
     with pytest.raises(PlanError, match="the network's are"):
         Plan.from_json(corrupt(plan, layers=[]))
+    with pytest.raises(PlanError, match="target 'a bit' is unreadable"):
+        Plan.from_json(corrupt(plan, target="a bit"))
     layers = json.loads(plan.to_json())["layers"]
     layers[1]["method"] = "dynett"
     with pytest.raises(PlanError, match="did you mean 'dynet'"):
