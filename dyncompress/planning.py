@@ -223,7 +223,8 @@ def make_plan(
         raise BudgetError(f"tolerance {tolerance!r} is not between 0 and 1; 0.01 lands within 1% of the target")
     check(importance, batches, loss)
     method, graph = _method(method, options), trace(net, example)
-    ranking = rank(net, graph, importance, batches, loss)
+    scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
+    ranking = rank(net, graph, importance, batches, loss) if scored else None
     problem = Problem(
         net, graph, method, ignore, min_width, floors=floors, static=static, ranking=ranking, sensitivity=sensitivity
     )
