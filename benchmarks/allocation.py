@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import benchmarks.operators  # noqa: F401 - before anything imports torchvision
 from benchmarks.networks import NETWORKS, build
@@ -47,24 +46,23 @@ def measure(name: str) -> tuple[int, list[bool], list[float]]:
 
 
 def main(patterns: list[str]) -> None:
-    """Print one row per network that a pattern matches, and the sum."""
+    """Print a line per network that a pattern matches, and the sum."""
     torch.set_num_threads(1)
-    table = Table("network", "groups", "targets in reach", "landed", "seconds, median", "longest")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{'network':36}{'groups':>7}{'in reach':>10}{'landed':>8}{'median s':>10}{'longest':>9}")
     every: list[bool] = []
     longest = 0.0
     for name in (n for n in NETWORKS if any(fnmatchcase(n, pattern) for pattern in patterns)):
         try:
             groups, landed, seconds = measure(name)
         except DynCompressError as error:
-            table.add_row(name, "", "", str(error)[:60])
+            console.print(f"{name:36}{type(error).__name__}: {error}"[:120])
             continue
-        if landed:
-            every += landed
-            longest = max(longest, *seconds)
-            middle = sorted(seconds)[len(seconds) // 2]
-            table.add_row(name, str(groups), str(len(landed)), str(sum(landed)), f"{middle:.3f}", f"{max(seconds):.3f}")
-    table.add_row("all", "", str(len(every)), str(sum(every)), "", f"{longest:.3f}")
-    Console().print(table)
+        every += landed
+        slowest, middle = max(seconds, default=0.0), sorted(seconds)[len(seconds) // 2] if seconds else 0.0
+        longest = max(longest, slowest)
+        console.print(f"{name:36}{groups:7}{len(landed):10}{sum(landed):8}{middle:10.3f}{slowest:9.3f}")
+    console.print(f"{'all':36}{'':7}{len(every):10}{sum(every):8}{'':10}{longest:9.3f}")
 
 
 if __name__ == "__main__":
