@@ -332,7 +332,7 @@ class Propagation(TorchDispatchMode):
             if any(m.shape != t.shape for m in maps):
                 self.pin(call.tensors, self.at(f"{call.name} picks by content"))
                 continue
-            self.assign(t, tuple(compact(m) for m in maps))
+            self.assign(t, tuple(c for m in maps if varies(c := compact(m))))
             self._inherit(t, call.tensors)
         return out
 

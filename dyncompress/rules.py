@@ -271,18 +271,22 @@ _RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
+# pointwise, though torch doesn't say so
+_POINTWISE = frozenset(
+    "_prelu_kernel hardswish hardtanh where addcmul rrelu_with_noise log_sigmoid_forward bernoulli real imag _conj"
+    " polar complex fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask"
+    " _fake_quantize_learnable_per_tensor_affine _fake_quantize_per_tensor_affine_cachemask_tensor_qparams".split()
+)
+
+
 def rule_for(call: Call) -> Rule | None:
-    """The rule of an aten call: by name, else by torch's pointwise tag; None where there is none."""
-    rule = _RULES.get(call.name)
+    """The rule of an aten call: by name, in place or not, else by torch's pointwise tag; None where there is none."""
+    name = call.name.rstrip("_")
+    rule = _RULES.get(call.name) or _RULES.get(name)
     if rule is not None:
         return rule
-    if call.name.startswith(("upsample_", "_upsample_")):
+    if name.startswith(("upsample_", "_upsample_")):
         return spatial
-    if torch.Tag.pointwise in call.func.tags or call.name in (
-        "_prelu_kernel",
-        "hardswish",
-        "where",
-        "addcmul",
-    ):
+    if torch.Tag.pointwise in call.func.tags or name in _POINTWISE:
         return elementwise
     return None
