@@ -41,7 +41,7 @@ def measure_macs(net: nn.Module, example: Any) -> int:
         Multiply-adds of every convolution and matrix product.
     """
     args, kwargs = as_call(one_image(example))
-    copy = duplicate(bare(net)).eval()
+    copy = duplicate(bare(net), share=True).eval().requires_grad_(False)  # the counter hooks what asks for gradients
     with undisturbed(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
         copy(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
@@ -125,7 +125,12 @@ class CostModel:
     def _cost(self, members: Sequence[Operation], keep: Sequence[int]) -> _Cost:
         sites = [self.site(op, keep) for op in members]
         method = self.choices[members[0].module].method
-        macs, params = method.macs(sites), method.params(sites)
+        params = method.params(sites)
+        if len(members) > 1:
+            macs = [m * op.runs[0][1] for m, op in zip(method.macs(sites), members, strict=True)]
+        else:
+            calls = members[0].runs
+            macs = [sum((method.macs([replace(sites[0], positions=p)])[0] * n for p, n in calls), Macs(0))]
         layers = {op.module: cost for op, cost in zip(members, zip(macs, params, strict=True), strict=True)}
         return _Cost(sum(m.total for m in macs), sum(params), layers)
 

@@ -73,28 +73,48 @@ def agreed(counts: Any) -> dict[str, Runs]:
     }
 
 
-def operation(net: nn.Module, recording: Recording, closed: Closed, op: Recorded) -> Operation:
-    """A recorded op in terms of width groups."""
-    own = closed.classes[op.writes.numpy()].tolist() if op.writes is not None else []
-    kept = all(c not in closed.place for c in own)
-    reason = next((closed.pinned[c] for c in own if c in closed.pinned), "") if kept else ""
-    spec, block, norm = _replaceable(net, recording, op.module, op.weight), "", ""
-    if spec is not None:
-        inside = [b for b in recording.residual_modules if b and op.module.startswith(b + ".")]
-        block, norm = max(inside, key=len, default=""), recording.norms.get(op.module, "")
-        batches = {o.batch for o in recording.operations if o.module.startswith(f"{block}.")}
-        block = block if len(batches) == 1 else ""  # layers that see different batches can't share a router
-    extents = tuple(extent(closed.runs(ids)) for ids in op.axes)
-    return Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason)
+def operations(net: nn.Module, recording: Recording, closed: Closed) -> tuple[Operation, ...]:
+    """Recorded ops in terms of width groups; one that can become dynamic stands once for all of its calls."""
+    calls: dict[str, list[Recorded]] = defaultdict(list)
+    for op in recording.operations:
+        if _replaceable(net, op.module, op.weight):
+            calls[op.module].append(op)
+    blocks = _blocks(recording, calls)
+    found = []
+    for op in recording.operations:
+        again = calls.get(op.module, [op])
+        if again[0] is not op:
+            continue
+        own = closed.classes[op.writes.numpy()].tolist() if op.writes is not None else []
+        kept = all(c not in closed.place for c in own)
+        reason = next((closed.pinned[c] for c in own if c in closed.pinned), "") if kept else ""
+        extents = tuple(extent(closed.runs(ids)) for ids in op.axes)
+        spec, block, norm, runs = None, "", "", ()
+        if op.module in calls:
+            spec = ConvSpec.of(net.get_submodule(op.module))  # type: ignore[arg-type]
+            block, norm = blocks[op.module], recording.norms.get(op.module, "")
+            runs = tuple((call.positions, call.images) for call in again)  # type: ignore[assignment]
+        found.append(
+            Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason, runs)
+        )
+    return tuple(found)
 
 
-def _replaceable(net: nn.Module, recording: Recording, name: str, weight: str) -> ConvSpec | None:
-    module = net.get_submodule(name)
-    if recording.calls[name] > 1:
-        return None
-    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and weight == f"{name}.weight":
-        return ConvSpec.of(module)  # type: ignore[arg-type]
-    return None
+def _replaceable(net: nn.Module, name: str, weight: str) -> bool:
+    return type(net.get_submodule(name)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and weight == f"{name}.weight"
+
+
+def _blocks(recording: Recording, calls: Mapping[str, Sequence[Recorded]]) -> dict[str, str]:
+    """The residual block around each convolution, where its convolutions run once and see the same images."""
+    around = {}
+    for name in calls:
+        inside = [b for b in recording.residual_modules if b and name.startswith(b + ".")]
+        around[name] = max(inside, key=len, default="")
+    for block in set(around.values()):
+        inside = [name for name, found in around.items() if found == block]
+        if len({call.images for name in inside for call in calls[name]}) > 1 or any(len(calls[n]) > 1 for n in inside):
+            around |= dict.fromkeys(inside, "")
+    return around
 
 
 def named(members: Sequence[Sequence[int]], operations: Sequence[Operation]) -> tuple[Group, ...]:

@@ -23,7 +23,7 @@ class Operation:
     weight: str  # name of the parameter, "" for a product of two activations
     fixed: int  # kernel elements x positions, both sides of the batch included
     axes: tuple[Tensor, ...]  # labels of the dimensions that the cost is proportional to
-    batch: int = 1  # images it ran on, or windows, or frames of one
+    images: int = 1  # that it ran on: frames and windows of one image count
     writes: Tensor | None = None  # labels of the channels that a weight writes
     positions: int = 0  # output positions of one image
 

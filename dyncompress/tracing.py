@@ -28,7 +28,7 @@ from dyncompress.graph import (
     tensors_in,
     undisturbed,
 )
-from dyncompress.grouping import Closed, agreed, members, named, operation
+from dyncompress.grouping import Closed, agreed, members, named, operations
 from dyncompress.narrowing import cut, positions
 from dyncompress.propagation import Propagation
 from dyncompress.recording import Axis, Recording
@@ -201,11 +201,11 @@ class _Tracer:
         closed = Closed(classes, pinned, members(recording, classes, pinned, [ids for _, ids in counts]))
         axes = {f"{name}:{dim}": closed.runs(ids) for (name, dim), ids in recording.axes.items()}
         axes = {key: r for key, r in axes.items() if any(group >= 0 for group, *_ in r)}
-        operations = tuple(operation(self.net, recording, closed, op) for op in recording.operations)
+        ops = operations(self.net, recording, closed)
         seams = {name: (closed.runs(s.entering), closed.runs(s.leaving)) for name, s in recording.seams.items()}
         graph = ConvGraph(
-            operations,
-            named(closed.members, operations),
+            ops,
+            named(closed.members, ops),
             axes,
             seams,
             parameter_shapes(self.net),

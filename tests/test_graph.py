@@ -107,10 +107,12 @@ def test_grouped_convolutions_keep_their_groups_equal():
     assert conv.weight.shape[1] == conv.in_channels // 4
 
 
-def test_a_convolution_that_runs_twice_is_not_replaceable():
+def test_a_convolution_that_runs_twice_stands_for_both_calls():
     graph = trace(*networks.make(networks.Twice))
-    assert "shared.0" not in [op.module for op in graph.convs]
-    assert [op.module for op in graph.operations].count("shared.0") == 2
+    (shared,) = [op for op in graph.operations if op.module == "shared.0"]
+    assert shared.spec is not None
+    assert shared.runs == ((256, 1), (256, 1))
+    assert shared.block == "", "a router can't be shared between calls"
 
 
 def test_tracing_leaves_modes_and_random_numbers_alone():

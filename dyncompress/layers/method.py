@@ -60,17 +60,22 @@ class Method(Protocol):
 class DynamicConv(nn.Module):
     """Base of every layer whose kernel depends on its input.
 
-    A subclass takes what nn.ConvNd takes and returns what it returns: x [B, in, *size] -> [B, out, *size'].
+    A subclass takes what nn.ConvNd takes and returns what it returns: x [B, in, *size] -> [B, out, *size']. It has
+    nn.ConvNd's attributes too (``out_channels``, ``stride``, ...), for code that reads them.
 
     Args:
         spec: Shapes of the convolution that the layer replaces.
     """
 
     method: ClassVar[str] = ""
+    transposed: ClassVar[bool] = False
 
     def __init__(self, spec: ConvSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.in_channels, self.out_channels, self.groups = spec.in_channels, spec.out_channels, spec.groups
+        self.kernel_size, self.stride, self.dilation = spec.kernel_size, spec.stride, spec.dilation
+        self.padding, self.padding_mode = spec.padding, spec.padding_mode
 
     def load_static(
         self,

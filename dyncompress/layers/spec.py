@@ -230,6 +230,12 @@ class Macs:
     kernels: int = 0
     router: int = 0
 
+    def __add__(self, other: Macs) -> Macs:
+        return Macs(self.conv + other.conv, self.kernels + other.kernels, self.router + other.router)
+
+    def __mul__(self, times: int) -> Macs:
+        return Macs(times * self.conv, times * self.kernels, times * self.router)
+
     @property
     def total(self) -> int:
         """Multiply-adds of the whole layer."""
