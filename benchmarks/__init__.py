@@ -1,0 +1,1 @@
+"""What dyncompress does on networks of other people: `make zoo`."""
