@@ -6,19 +6,19 @@ labels of the channels that were kept; where two of them meet that the graph doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from dyncompress.labels import Ledger, core, varies
-from dyncompress.propagation import Call, Propagation
+from dyncompress.labels import Ledger, Maps, core, varies
+from dyncompress.propagation import Call, Propagation, is_product
 from dyncompress.rules import rule_for
-from dyncompress.sites import Line
 
 
 @dataclass
@@ -39,19 +39,22 @@ class Audit(Ledger):
     def __init__(self, classes: np.ndarray, pinned: Mapping[int, str]) -> None:
         super().__init__()
         self._next = len(classes)
-        self._classes, self._pinned = classes, pinned
+        self._classes = np.append(classes, -1)  # the last stands for labels that are made in this run
+        self._settled = np.zeros(len(classes) + 1, dtype=bool)  # classes that can't be cut
+        self._settled[[0, -1, *pinned]] = True
         self.wrong: list[tuple[np.ndarray, str]] = []
 
     def _class(self, labels: np.ndarray) -> np.ndarray:
         """Class of each label; -1 for one that was made in this run."""
-        known = labels < len(self._classes)
-        return np.where(known, self._classes[np.where(known, labels, 0)], -1)
+        found: np.ndarray = self._classes[np.minimum(labels, len(self._classes) - 1)]
+        return found
 
     def _fixed(self, classes: np.ndarray) -> np.ndarray:
-        return np.isin(classes, [*self._pinned, 0, -1])
+        found: np.ndarray = self._settled[classes]
+        return found
 
     def _report(self, labels: np.ndarray, reason: str) -> None:
-        labels = np.unique(labels[(labels != 0) & (labels < len(self._classes))])
+        labels = np.unique(labels[(labels != 0) & (labels < len(self._classes) - 1)])
         self.wrong.append((labels, reason))
 
     def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
@@ -78,41 +81,31 @@ class Audit(Ledger):
             self._report(labels, reason)
 
 
-CONSUMERS = frozenset(
-    "convolution mm bmm addmm baddbmm mv mkldnn_rnn_layer _scaled_dot_product_flash_attention_for_cpu".split()
-)
-
-
-class ZeroedRun(Propagation):
-    """Propagation through the original network, in which whatever reads the channels that are cut reads zeros.
+class ZeroedRun(TorchDispatchMode):
+    """The original network, in which whatever multiplies the channels that are cut reads zeros.
 
     Its result is that of the cut network, unless a channel went astray (or the network counts its channels: takes a
     mean over them, say).
 
     Args:
-        net: The original network.
-        decisions: Ways that were taken at the places that count channels.
+        consumed: Labels of the operands of every product, in the order in which they run.
         kept: Whether the channel of each label stays.
     """
 
-    def __init__(self, net: nn.Module, decisions: Mapping[Line, int], kept: Tensor) -> None:
-        super().__init__(net, rule_for, decisions=decisions)
-        self._kept = kept
+    def __init__(self, consumed: Sequence[Sequence[Maps]], kept: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._consumed, self._kept = iter(consumed), kept
 
-    def run(self, call: Call) -> Any:
-        """Run the op on masked operands."""
-        if call.name not in CONSUMERS:
-            return super().run(call)
-        given = [t for t in call.tensors if self.maps(t)]
-        activations = [t for t in given if not self.name_of(t)]  # one side of a product is enough
-        masked = {id(t): self._mask(t) for t in activations or given}
-        args, kwargs = tree_map(
-            lambda v: masked.get(id(v), v) if isinstance(v, Tensor) else v, (call.args, call.kwargs)
-        )
-        return call.func(*args, **kwargs)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_product(func):
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            masked = {id(t): self._mask(t, maps) for t, maps in zip(tensors, next(self._consumed), strict=True) if maps}
+            args, kwargs = tree_map(lambda v: masked.get(id(v), v) if isinstance(v, Tensor) else v, (args, kwargs))
+        return func(*args, **kwargs)
 
-    def _mask(self, t: Tensor) -> Tensor:
-        for m in self.maps(t):
+    def _mask(self, t: Tensor, maps: Maps) -> Tensor:
+        for m in maps:
             compacted = m[tuple(slice(None) if d in varies(m) else slice(0, 1) for d in range(m.dim()))]
             t = t * self._kept[compacted].to(t.device, t.dtype)
         return t

@@ -88,8 +88,7 @@ class Ledger:
             self._pins.append((np.where(left == 0, right, left)[fixed], reason))
         free = (left != 0) & (right != 0) & (left != right)
         if free.any():
-            pairs = np.unique(np.stack([left[free], right[free]]), axis=1)
-            self._ties.append((pairs[0], pairs[1]))
+            self._ties.append((left[free], right[free]))
 
     def pin(self, ids: Tensor, reason: str) -> None:
         """These channels can't be cut."""

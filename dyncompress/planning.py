@@ -24,7 +24,7 @@ from dyncompress.ranking import Ranking, check, rank
 from dyncompress.selection import Floors, Patterns, held, named, smallest
 from dyncompress.sensitivity import Sensitivity
 from dyncompress.taylor import Loss
-from dyncompress.tracing import trace
+from dyncompress.tracing import Tracer, trace
 
 ALLOCATIONS = ("uniform", "importance", "sensitivity")
 
@@ -222,15 +222,28 @@ def make_plan(
     if not 0 < tolerance < 1:
         raise BudgetError(f"tolerance {tolerance!r} is not between 0 and 1; 0.01 lands within 1% of the target")
     check(importance, batches, loss)
-    method, graph = _method(method, options), trace(net, example)
+    method, tracer = _method(method, options), Tracer(net, example)
     scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
-    ranking = rank(net, graph, importance, batches, loss) if scored else None
-    problem = Problem(
-        net, graph, method, ignore, min_width, floors=floors, static=static, ranking=ranking, sensitivity=sensitivity
-    )
-    if budget.limit("latency") is not None:
-        return _solve_latency(net, example, problem, budget, allocation, tolerance)
-    return problem.solve(budget, allocation, tolerance)
+    while True:
+        graph = tracer.graph
+        ranking = rank(net, graph, importance, batches, loss) if scored else None
+        problem = Problem(
+            net,
+            graph,
+            method,
+            ignore,
+            min_width,
+            floors=floors,
+            static=static,
+            ranking=ranking,
+            sensitivity=sensitivity,
+        )
+        if budget.limit("latency") is not None:
+            plan = _solve_latency(net, example, problem, budget, allocation, tolerance)
+        else:
+            plan = problem.solve(budget, allocation, tolerance)
+        if tracer.follows(plan.keep):  # if not, channels were pinned: fewer groups each turn
+            return plan
 
 
 def check_shares(allocation: str, importance: str, *, measured: bool = True) -> None:

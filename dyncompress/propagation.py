@@ -19,6 +19,15 @@ from dyncompress.labels import Ledger, Maps, compact, core, varies
 from dyncompress.recording import Operation, Recording, Seam
 from dyncompress.sites import FACTORIES, Attribute, Line, Site, Way, counted
 
+PRODUCTS = frozenset(
+    "convolution mm bmm addmm baddbmm mv mkldnn_rnn_layer _scaled_dot_product_flash_attention_for_cpu".split()
+)
+
+
+def is_product(func: Any) -> bool:
+    """Whether an op multiplies channels with weights, or with each other."""
+    return func._schema.name.removeprefix("aten::") in PRODUCTS
+
 
 class Propagation(TorchDispatchMode):
     """The dispatch mode.
@@ -305,6 +314,8 @@ class Propagation(TorchDispatchMode):
             module = self.convolved.get(id(t))
             if module is not None and ("batch_norm" not in call.name or self.recording.norms.get(module)):
                 self.recording.norms[module] = ""  # something else reads it as well
+        if call.name in PRODUCTS and self.costing:
+            self._note_operands(call)
         out = call.out = self.run(call)
         if call.name in FACTORIES and isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 1:
             self._made_by_code(call, out)
@@ -335,6 +346,11 @@ class Propagation(TorchDispatchMode):
             self.assign(t, tuple(c for m in maps if varies(c := compact(m))))
             self._inherit(t, call.tensors)
         return out
+
+    def _note_operands(self, call: Call) -> None:
+        """Labels of what a product reads: of activations, or of weights where there are only these."""
+        activations = any(self.maps(t) and not self.name_of(t) for t in call.tensors)
+        self.recording.consumed.append([() if activations and self.name_of(t) else self.maps(t) for t in call.tensors])
 
     def _made_by_code(self, call: Call, made: Tensor) -> None:
         """A tensor of a written-down size gets labels: they are cut where it meets channels that are."""

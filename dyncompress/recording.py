@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dyncompress.labels import Ledger
+from dyncompress.labels import Ledger, Maps
 from dyncompress.sites import Site
 
 Axis = tuple[str, int]
@@ -46,6 +46,7 @@ class Recording:
     ledger: Ledger
     axes: dict[Axis, Tensor]
     operations: list[Operation] = field(default_factory=list)
+    consumed: list[list[Maps]] = field(default_factory=list)  # of every product, labels of what it reads
     sites: list[Site] = field(default_factory=list)
     taken: dict[tuple[str, int, int], int] = field(default_factory=dict)  # module, call, turn -> way, -1 for none
     rescaled: list[tuple[Tensor, str]] = field(default_factory=list)  # labels whose number a result depends on

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,6 @@ from dyncompress.recording import Axis, Recording
 from dyncompress.rules import rule_for
 from dyncompress.sites import Line
 
-SHARES = (0.8, 0.4)
-"""Widths at which a cut network is verified, as shares of the original's."""
-
 ROUNDS = 60
 """Findings after which the groups that still fail are found one by one."""
 
@@ -46,6 +43,12 @@ TOLERANCE = 1e-3
 
 TRIES = 12
 """Other ways to cut that are tried for one finding."""
+
+TRIES_IN_ALL = 60
+"""After as many, a finding's channels are pinned without trying."""
+
+Kept = Callable[[ConvGraph], Sequence[Sequence[int]]]
+"""Which channels of each width group a cut copy keeps."""
 
 
 def trace(net: nn.Module, example: Any) -> ConvGraph:
@@ -72,11 +75,7 @@ def trace(net: nn.Module, example: Any) -> ConvGraph:
         >>> graph.pinned
         {'2': 'output of the network'}
     """
-    if not isinstance(net, nn.Module):
-        raise TraceError(f"can't trace a {type(net).__name__}; pass a torch.nn.Module")
-    net = bare(net)
-    tracer = _Tracer(net, example)
-    return tracer.graph()
+    return Tracer(net, example).graph
 
 
 def _training(net: nn.Module, training: bool) -> nn.Module:
@@ -88,17 +87,34 @@ def _training(net: nn.Module, training: bool) -> nn.Module:
     return net
 
 
-class _Tracer:
-    """One network on its way to a verified graph."""
+class Tracer:
+    """A network and its channel graph, which is verified again for the widths that a plan arrives at.
+
+    Args:
+        net: The network; left as it was.
+        example: As for `trace`.
+
+    Raises:
+        TraceError: As `trace`.
+
+    Attributes:
+        graph: The channel graph.
+    """
 
     def __init__(self, net: nn.Module, example: Any) -> None:
+        if not isinstance(net, nn.Module):
+            raise TraceError(f"can't trace a {type(net).__name__}; pass a torch.nn.Module")
+        net = bare(net)
         self.name = type(net).__name__
         self.args, self.kwargs = as_call(one_image(example))
         self.net = duplicate(net, share=True).eval()
         self.decisions: dict[Line, int] = {}  # places where the first way failed
+        self.tries = 0
         self.pins: list[tuple[Axis, np.ndarray, str]] = []  # positions of axes that proved uncuttable
         self.in_training: bool | None = None  # whether modules run in training only; unknown yet
         self._record()
+        self._closed, self.graph = self._build()
+        self._verify(lambda graph: [_sample(g.channels, i) for i, g in enumerate(graph.groups)])
 
     # ---- the recorded run ----------------------------------------------------------------------------------------
 
@@ -159,37 +175,55 @@ class _Tracer:
 
     # ---- the graph -----------------------------------------------------------------------------------------------
 
-    def graph(self) -> ConvGraph:
-        """The channel graph: as free as verification lets it be."""
-        closed, graph = self._build()
-        for self.share in SHARES:
-            findings = self._audit(closed, graph)
-            for _ in range(ROUNDS):
-                if not findings:
-                    break
-                closed, graph, findings = self._mend(closed, graph, findings[0])
-            while findings and (broken := self._broken(closed, graph)):
-                self._pin_groups(closed, broken)
-                closed, graph = self._build()
-        return graph
+    def follows(self, keep: Sequence[int | Sequence[int]]) -> bool:
+        """Whether the network runs when its width groups keep these channels; if not, the graph becomes one it follows.
 
-    def _mend(self, closed: Closed, graph: ConvGraph, finding: Finding) -> tuple[Closed, ConvGraph, list[Finding]]:
+        Args:
+            keep: Per group, how many channels stay, or which.
+        """
+        widths = {g.name: k for g, k in zip(self.graph.groups, keep, strict=True)}
+        before = self.graph
+
+        def kept(graph: ConvGraph) -> list[Sequence[int]]:
+            found: list[Sequence[int]] = []
+            for i, g in enumerate(graph.groups):
+                k = widths.get(g.name, g.channels)
+                named = not isinstance(k, int) and max(k) < g.channels  # else a group of that name has changed
+                found.append(k if named else _sample(g.channels, i, k if isinstance(k, int) else len(k)))  # type: ignore[arg-type]
+            return found
+
+        self._verify(kept, exact=False)
+        return self.graph is before
+
+    def _verify(self, kept: Kept, *, exact: bool = True) -> None:
+        """Cut copies until one runs as the graph says: as free as the network's code lets it be."""
+        self._kept, self._exact = kept, exact
+        findings = self._audit()
+        for _ in range(ROUNDS):
+            if not findings:
+                return
+            findings = self._mend(findings[0])
+        while broken := self._broken():
+            self._pin(broken)
+
+    def _mend(self, finding: Finding) -> list[Finding]:
         """Get past a finding: by another way at one of the suspected places, else by pinning what it found."""
-        before = dict(self.decisions)
-        for update in self._suspects(closed, finding):
+        before, built = dict(self.decisions), (self._closed, self.graph)
+        for update in self._suspects(finding) if self.tries < TRIES_IN_ALL else ():
+            self.tries += 1
             self.decisions = before | update
             self._record()
-            built = self._build()
-            findings = self._audit(*built)
+            self._closed, self.graph = self._build()
+            findings = self._audit()
             if not findings or sys.maxsize > findings[0].progress > finding.progress:
-                return *built, findings
+                return findings
         if self.decisions != before:
             self.decisions = before
             self._record()
-        near, far = closed.groups(finding.labels), closed.groups(finding.nearby)
-        self._pin_groups(closed, dict.fromkeys(near or far, finding.reason) or self._broken(closed, graph))
-        built = self._build()
-        return *built, self._audit(*built)
+        self._closed, self.graph = built
+        near, far = self._closed.groups(finding.labels), self._closed.groups(finding.nearby)
+        self._pin(dict.fromkeys(near or far, finding.reason) or self._broken())
+        return self._audit()
 
     def _build(self) -> tuple[Closed, ConvGraph]:
         recording = self.recording
@@ -226,14 +260,14 @@ class _Tracer:
 
     # ---- verification --------------------------------------------------------------------------------------------
 
-    def _audit(self, closed: Closed, graph: ConvGraph, only: Sequence[int] | None = None) -> list[Finding]:
+    def _audit(self, only: Sequence[int] | None = None) -> list[Finding]:
         """Cut these groups out of a copy, run it, and see whether every channel is where the graph says."""
+        closed, graph = self._closed, self.graph
         groups = range(len(graph.groups)) if only is None else only
         if not groups:
             return []
-        kept = [
-            _sample(g.channels, i, self.share) if i in groups else range(g.channels) for i, g in enumerate(graph.groups)
-        ]
+        full = [range(g.channels) for g in graph.groups]
+        kept = [k if i in groups else full[i] for i, k in enumerate(self._kept(graph))]
         trial = duplicate(self.net, share=True)
         cut(trial, graph, kept)
         axes = {
@@ -255,8 +289,7 @@ class _Tracer:
                     nothing = np.zeros(0, dtype=np.int64)
                     reason = f"cutting it changes the output's shape from {expected} to {found}"
                     run.findings.append(Finding(reason, "", sys.maxsize, sys.maxsize, nothing, nothing))
-                exact = not graph.rescaled and self.share == SHARES[0]
-                if exact and not training and not run.findings:
+                if self._exact and not graph.rescaled and not training and not run.findings:
                     run.findings += self._compare(closed, kept, tensors_in(output))
         finally:
             run.close()
@@ -269,12 +302,8 @@ class _Tracer:
             gone = [group[i] for i in sorted(set(range(len(group))) - set(stay))]
             stays[torch.from_numpy(np.isin(closed.classes, gone))] = False
         _training(self.net, training=False)
-        run = ZeroedRun(self.net, self.decisions, stays)
-        try:
-            with undisturbed(), run:
-                expected = tensors_in(self.net(*self.args, **self.kwargs))
-        finally:
-            run.close()
+        with undisturbed(), ZeroedRun(self.recording.consumed, stays):
+            expected = tensors_in(self.net(*self.args, **self.kwargs))
         for a, b in zip(found, expected, strict=True):
             scale = b.abs().max().item() if b.is_floating_point() and b.numel() else math.nan
             if math.isfinite(scale) and (a - b).abs().max().item() > TOLERANCE * max(scale, 1e-6):
@@ -283,9 +312,12 @@ class _Tracer:
                 return [Finding(reason, "", sys.maxsize, sys.maxsize, nothing, nothing)]
         return []
 
-    def _suspects(self, closed: Closed, finding: Finding) -> list[dict[Line, int]]:
+    def _suspects(self, finding: Finding) -> list[dict[Line, int]]:
         """Other ways at the places that a finding may stem from: those that its channels passed last go first."""
+        closed = self._closed
         groups = closed.groups(finding.labels) | closed.groups(finding.nearby)
+        if finding.progress == sys.maxsize:  # only the result tells
+            groups = set(range(len(closed.members)))
         passed = [s for s in self.recording.sites[: finding.places + 1] if s.way is not None]
         cuttable = [(s, closed.groups(s.labels.numpy())) for s in passed]
         touching = [s for s, found in cuttable if found & groups]
@@ -302,19 +334,20 @@ class _Tracer:
         unique = {tuple(t.items()): t for t in tries if t}
         return list(unique.values())[:TRIES]
 
-    def _pin_groups(self, closed: Closed, broken: Mapping[int, str]) -> None:
+    def _pin(self, broken: Mapping[int, str]) -> None:
         for group, reason in broken.items():
             for axis, labels in self.recording.axes.items():
-                where = np.nonzero(np.isin(closed.classes[labels.numpy()], closed.members[group]))[0]
+                where = np.nonzero(np.isin(self._closed.classes[labels.numpy()], self._closed.members[group]))[0]
                 if where.size:
                     self.pins.append((axis, where, reason))
+        self._closed, self.graph = self._build()
 
-    def _broken(self, closed: Closed, graph: ConvGraph) -> dict[int, str]:
+    def _broken(self) -> dict[int, str]:
         """Groups that fail, found by halving the suspects."""
         broken: dict[int, str] = {}
 
         def search(groups: Sequence[int]) -> None:
-            found = self._audit(closed, graph, [g for g in groups if g not in broken])
+            found = self._audit([g for g in groups if g not in broken])
             if not found:
                 return
             if len(groups) == 1:
@@ -326,15 +359,14 @@ class _Tracer:
             if len(broken) == before:  # each half runs alone, but not both
                 broken.update(dict.fromkeys(groups, found[0].reason))
 
-        search(range(len(graph.groups)))
+        search(range(len(self.graph.groups)))
         return broken
 
 
-def _sample(channels: int, group: int, share: float) -> list[int]:
-    """About a share of the channels, at irregular places: a shifted channel shows.
+def _sample(channels: int, group: int, count: int = 0) -> list[int]:
+    """Some of the channels, at irregular places: a shifted channel shows.
 
-    Groups of one size keep different numbers: code that takes one width for another's shows, too.
+    Unless a count is given, groups of one size keep different numbers: code that takes one width for another's shows.
     """
-    count = round(share * channels) - 3 * group % max(1, round(share * channels / 2))
-    drawn = np.random.RandomState(group).permutation(channels)
-    return sorted(drawn[: min(max(1, count), channels - 1)].tolist())
+    count = count or max(1, channels - 1 - (2 * channels // 5 + 3 * group) % max(1, 2 * channels // 3))
+    return sorted(np.random.RandomState(group).permutation(channels)[:count].tolist())
