@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -183,6 +185,34 @@ class PartlyCompiled(nn.Module):
         return self.head(self.last(self.block(self.stem(x))))
 
 
+class Scripted(nn.Module):
+    """A block that ``torch.jit`` has scripted, inside a network that isn't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last, self.head = conv_bn(3, 24), conv_bn(32, 24), Head(24)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.block = torch.jit.script(conv_bn(24, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.block(self.stem(x))))
+
+
+class MixedPrecision(nn.Module):
+    """A part under ``torch.autocast``, in half the bits, and channels last in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid, self.last, self.head = conv_bn(3, 24), conv_bn(24, 32), conv_bn(32, 24), Head(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            x = self.mid(x)
+        return self.head(self.last(x.float()))
+
+
 class OwnFunction(nn.Module):
     """An activation that is an ``autograd.Function``, with a gradient by hand."""
 
@@ -295,8 +325,8 @@ class Asserts(nn.Module):
 
 
 EXAMPLES = {}
-READ_ACROSS = []
+READ_ACROSS = [MixedPrecision]
 CAUSES = [
     Flags, ByValue, Auxiliary, StochasticDepth, Checkpointed, DenseCheckpointed, NoGrad, InferenceGuide, PartlyCompiled,
-    OwnFunction, Materialised, WalkedByName, Hooked, Asserts,
+    Scripted, MixedPrecision, OwnFunction, Materialised, WalkedByName, Hooked, Asserts,
 ]  # fmt: skip

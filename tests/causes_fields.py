@@ -291,7 +291,7 @@ class Wavelet(nn.Module):
         x = self.expand(self.mid(torch.cat((a + b + c + d, -a - b + c + d, -a + b - c + d, a - b - c + d), 1)))
         n, c4, h, w = x.size()
         x1, x2, x3, x4 = (x[:, i * c4 // 4 : (i + 1) * c4 // 4] / 2 for i in range(4))
-        out = torch.zeros([n, c4 // 4, h * 2, w * 2])
+        out = torch.zeros([n, c4 // 4, h * 2, w * 2]).to(x)
         out[:, :, 0::2, 0::2], out[:, :, 1::2, 0::2] = x1 - x2 - x3 + x4, x1 - x2 + x3 - x4
         out[:, :, 0::2, 1::2], out[:, :, 1::2, 1::2] = x1 + x2 - x3 - x4, x1 + x2 + x3 + x4
         return self.out(out)

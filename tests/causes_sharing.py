@@ -231,7 +231,7 @@ def _pair(batch: int, size: int = 16) -> tuple[Tensor, Tensor]:
 
 
 EXAMPLES = {Siamese: _pair, CrossCorrelation: lambda batch: _pair(batch, 24), Contrastive: _pair}
-READ_ACROSS = [LevelHeads, CrossCorrelation]
+READ_ACROSS = [LevelHeads, CrossCorrelation, Contrastive]
 CAUSES = [
     Siamese, CrossCorrelation, OneParameter, Tied, TiedLinear, LevelHeads, Repeated, SharedBlock, ParameterLists,
     Banked, Slimmable, Contrastive,

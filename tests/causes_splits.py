@@ -211,11 +211,12 @@ class Narrowed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.a, self.b, self.head = conv_bn(6, 32), conv_bn(12, 24), conv_bn(20, 24), Head(24)
+        self.stem, self.mid = conv_bn(6, 24), conv_bn(24, 32)
+        self.a, self.b, self.head = conv_bn(12, 24), conv_bn(20, 24), Head(24)
         self.register_buffer("second", torch.arange(12, 32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x.repeat(1, 2, 1, 1))
+        x = self.mid(self.stem(x.repeat(1, 2, 1, 1)))
         return self.head(self.a(x.narrow(1, 0, 12)) + self.b(x.index_select(1, self.second))[:, [1, 0, *range(2, 24)]])
 
 
