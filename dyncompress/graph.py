@@ -46,6 +46,7 @@ class Operation:
     block: str = ""  # the residual block around it, where the network shows one
     norm: str = ""  # the BatchNorm that alone reads its result, and can be folded into it
     reason: str = ""  # why its output channels are pinned
+    static: str = ""  # why it can't become dynamic, where it is a convolution that can't
     runs: tuple[tuple[int, int], ...] = ()  # positions and images of every call, where it can become dynamic
 
 

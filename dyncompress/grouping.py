@@ -73,11 +73,26 @@ def agreed(counts: Any) -> dict[str, Runs]:
     }
 
 
-def operations(net: nn.Module, recording: Recording, closed: Closed) -> tuple[Operation, ...]:
-    """Recorded ops in terms of width groups; one that can become dynamic stands once for all of its calls."""
+def replaceable(net: nn.Module, recording: Recording) -> list[str]:
+    """Paths of the plain convolutions that ran."""
+    found = [op.module for op in recording.operations if not _obstacle(net, op)]
+    return list(dict.fromkeys(found))
+
+
+def operations(
+    net: nn.Module, recording: Recording, closed: Closed, missed: Mapping[str, str]
+) -> tuple[Operation, ...]:
+    """Recorded ops in terms of width groups; one that can become dynamic stands once for all of its calls.
+
+    Args:
+        net: The network.
+        recording: Of its run.
+        closed: Its width groups.
+        missed: Convolutions that its code needs as they are, and what it said.
+    """
     calls: dict[str, list[Recorded]] = defaultdict(list)
     for op in recording.operations:
-        if _replaceable(net, op.module, op.weight):
+        if op.module not in missed and not _obstacle(net, op):
             calls[op.module].append(op)
     blocks = _blocks(recording, calls)
     found = []
@@ -90,18 +105,30 @@ def operations(net: nn.Module, recording: Recording, closed: Closed) -> tuple[Op
         reason = next((closed.pinned[c] for c in own if c in closed.pinned), "") if kept else ""
         extents = tuple(extent(closed.runs(ids)) for ids in op.axes)
         spec, block, norm, runs = None, "", "", ()
+        static = _obstacle(net, op) if op.kind.startswith("conv") else ""
+        if op.module in missed and not static:
+            static = f"the network's code reads it ({missed[op.module]})"
         if op.module in calls:
             spec = ConvSpec.of(net.get_submodule(op.module))  # type: ignore[arg-type]
             block, norm = blocks[op.module], recording.norms.get(op.module, "")
             runs = tuple((call.positions, call.images) for call in again)  # type: ignore[assignment]
         found.append(
-            Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason, runs)
-        )
+            Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason, static,
+                      runs)
+        )  # fmt: skip
     return tuple(found)
 
 
-def _replaceable(net: nn.Module, name: str, weight: str) -> bool:
-    return type(net.get_submodule(name)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and weight == f"{name}.weight"
+def _obstacle(net: nn.Module, op: Recorded) -> str:
+    """Why a product can't become a dynamic convolution."""
+    module = net.get_submodule(op.module)
+    if op.kind != "conv":
+        return "a transposed convolution" if op.kind == "conv_transpose" else "no convolution"
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return "called as a function, outside a convolution's module"
+    if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return f"a {type(module).__name__} runs code of its own"
+    return "" if op.weight == f"{op.module}.weight" else "its weight is computed"
 
 
 def _blocks(recording: Recording, calls: Mapping[str, Sequence[Recorded]]) -> dict[str, str]:

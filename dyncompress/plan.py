@@ -161,8 +161,10 @@ class Plan:
         reads, writes = (1, 0) if op.kind == "conv" else (0, 1)
         before, after = ([*s, 1, 1][:2] for s in sizes)
         kernel = math.prod(self.graph.parameters.get(op.weight, (1, 1))[2:])
+        reasons = {"static": op.static, "width kept": op.reason}
+        reason = "; ".join(f"{what}: {why}" for what, why in reasons.items() if why)
         return LayerPlan(
-            op.module, op.kind, "static", op.reason and f"width kept: {op.reason}", before[reads], after[reads],
+            op.module, op.kind, "static", reason, before[reads], after[reads],
             before[writes], after[writes], operation_macs(op, full), operation_macs(op, self.widths),
             before[0] * before[1] * kernel, after[0] * after[1] * kernel,
         )  # fmt: skip

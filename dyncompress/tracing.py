@@ -28,12 +28,13 @@ from dyncompress.graph import (
     tensors_in,
     undisturbed,
 )
-from dyncompress.grouping import Closed, agreed, members, named, operations
+from dyncompress.grouping import Closed, agreed, members, named, operations, replaceable
 from dyncompress.narrowing import cut, positions
 from dyncompress.propagation import Propagation
 from dyncompress.recording import Axis, Recording
 from dyncompress.rules import rule_for
 from dyncompress.sites import Line
+from dyncompress.standins import missed
 
 ROUNDS = 60
 """Findings after which the groups that still fail are found one by one."""
@@ -113,6 +114,7 @@ class Tracer:
         self.pins: list[tuple[Axis, np.ndarray, str]] = []  # positions of axes that proved uncuttable
         self.in_training: bool | None = None  # whether modules run in training only; unknown yet
         self._record()
+        self._missed = missed(_training(self.net, False), replaceable(self.net, self.recording), self.args, self.kwargs)
         self._closed, self.graph = self._build()
         self._verify(lambda graph: [_sample(g.channels, i) for i, g in enumerate(graph.groups)])
 
@@ -235,7 +237,7 @@ class Tracer:
         closed = Closed(classes, pinned, members(recording, classes, pinned, [ids for _, ids in counts]))
         axes = {f"{name}:{dim}": closed.runs(ids) for (name, dim), ids in recording.axes.items()}
         axes = {key: r for key, r in axes.items() if any(group >= 0 for group, *_ in r)}
-        ops = operations(self.net, recording, closed)
+        ops = operations(self.net, recording, closed, self._missed)
         seams = {name: (closed.runs(s.entering), closed.runs(s.leaving)) for name, s in recording.seams.items()}
         graph = ConvGraph(
             ops,
