@@ -44,8 +44,10 @@ def importance(net: nn.Module, graph: ConvGraph) -> list[np.ndarray]:
     for name, dim, runs, tensor in weights(net, graph):
         if name.endswith("bias"):
             continue
-        squares = tensor.detach().to("cpu", torch.float64).movedim(dim, 0).reshape(tensor.shape[dim], -1).square()
-        for group, sums in per_channel(graph, runs, squares.sum(1).numpy()).items():
+        wide = tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32))
+        others = [d for d in range(tensor.dim()) if d != dim]
+        norms = torch.linalg.vector_norm(wide, dim=others) if others else wide.abs()  # reads large weights once
+        for group, sums in per_channel(graph, runs, norms.double().square().numpy()).items():
             totals[group] += _scaled(np.sqrt(sums))
             counts[group] += 1
     return [total / max(count, 1) for total, count in zip(totals, counts, strict=True)]
