@@ -3,8 +3,8 @@
 Every network has a process of its own, one thread and a time limit, and its row is written as soon as it is there:
 
     python -m benchmarks.zoo                                  # the rows that benchmarks/results/zoo.json lacks
-    python -m benchmarks.zoo --only 'timm/res*' --fresh
-    python -m benchmarks.zoo --peer
+    python -m benchmarks.zoo --only 'timm/res*' 'smp/*' --fresh
+    python -m benchmarks.zoo --peer                           # torch-pruning on the same networks
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def provenance(limit: float, jobs: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--only", default="*", metavar="GLOB", help="networks whose name matches; '*' is any text")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names; '*' is any text")
+    parser.add_argument("--fast", action="store_true", help="the twenty networks that the tests try")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; rows that are there are kept")
     parser.add_argument("--targets", type=int, nargs="+", help="percent of the MACs: 50 25, of the peer 50")
     parser.add_argument("--peer", action="store_true", help="torch-pruning instead of dyncompress")
@@ -137,11 +138,12 @@ def main(argv: list[str] | None = None) -> None:
     sys.path[:0] = [str(ROOT / "tests"), str(options.libraries)]
     warm([*_PRELOAD, "benchmarks.peer" if options.peer else "benchmarks.ours"])
 
-    from benchmarks.networks import NETWORKS
+    from benchmarks.networks import FAST, NETWORKS
 
     arm = "peer" if options.peer else "ours"
     known = () if options.fresh else read(options.out)[arm]
-    names = [n for n in NETWORKS if fnmatchcase(n, options.only) and n not in known]
+    wanted = FAST if options.fast else [n for n in NETWORKS if any(fnmatchcase(n, glob) for glob in options.only)]
+    names = [name for name in wanted if name not in known]
     targets = options.targets or ([50] if options.peer else [50, 25])
     run(arm, names, targets, options.limit, options.jobs, options.out, Console())
 

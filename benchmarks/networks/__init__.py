@@ -19,6 +19,15 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     **from_transformers.NETWORKS,
 }
 
+FAST = """
+    hand/Shuffle hand/ThreeD hand/Recurrent hand/TransposedGroups
+    timm/test_resnet timm/test_byobnet timm/test_nfnet timm/test_convnext2 timm/test_efficientnet_ln timm/resnetblur18
+    timm/mobilenetv2_035 timm/lcnet_050 timm/ghostnet_050 timm/dla46_c
+    torchvision/shufflenet_v2_x0_5 torchvision/squeezenet1_1 torchvision/resnet18_fpn
+    smp/Linknet-resnet18 transformers/resnet transformers/encodec
+""".split()
+"""Twenty small ones that cover many causes; `make test` tries them."""
+
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Any]:
     """A network of the zoo with random but lively weights, in eval mode, and an example input for it."""

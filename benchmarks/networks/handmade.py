@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import causes
@@ -14,3 +15,10 @@ NETWORKS = {
 }
 READ_ACROSS = {f"hand/{network.__name__}" for network in causes.READ_ACROSS}
 """Cutting is more than zeroing there: something other than a weight reads across channels."""
+
+
+def read_otherwise(name: str) -> Mapping[str, Sequence[int]]:
+    """Parameters of a network that are read otherwise than along dimension 1 of a layer's own weight."""
+    from test_causes import READ
+
+    return READ.get(name.removeprefix("hand/"), {})
