@@ -20,7 +20,7 @@ ROWS = [
      "targets": {"50": found(), "25": found("missed", 0.3, range=[0.3, 1.01])},
      "zeroing": {"distance": 1e-7, "control": 1e-9, "wrong": "n/a: the check shows nothing"}},
     {"name": "hand/refused",
-     "targets": dict.fromkeys(("50", "25"), {"status": "refused", "reason": "TraceError: no convolution"})},
+     "targets": {t: {"status": "refused", "reason": "TraceError: no convolution"} for t in ("50", "25")}},
     {"name": "hand/slow", "macs": 1000,
      "targets": {"50": found("wrong", reason="step 0: off"), "25": {"status": "hang", "reason": "over"}}},
     {"name": "smp/absent", "targets": {}, "error": "ImportError: none"},
