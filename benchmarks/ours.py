@@ -142,8 +142,7 @@ def _checks(
         except Exception as error:  # noqa: BLE001 - a student that breaks on its checks is wrong, and the table says how
             checks[name] = told(error)
 
-    expected = run(net, example)
-    check("forward", lambda: same_form(run(student, example), expected))
+    check("forward", lambda: same_form(student, net, example))
     check("step 0", lambda: _step_zero(net, plan, student, example))
     if zeroing:  # what doesn't depend on the widths is checked at the first target
         check("round trip", lambda: round_trip(student, plan, net, example))

@@ -76,7 +76,7 @@ def _search(net: nn.Module, example: Any, target: float, ranking: bool) -> dict[
             high = (ratio, math.sqrt(reached))
     assert best is not None
     ratio, reached, small = best
-    wrong = same_form(run(small, example), run(net, example)) or learns(small, net, example)
+    wrong = same_form(small, net, example) or learns(small, net, example)
     landed = abs(reached / target - 1) <= WITHIN
     status = "wrong" if wrong and not wrong.startswith("n/a") else "ok" if landed else "missed"
     return {"status": status, "reached": reached, "pruning ratio": ratio, "global": ranking, "reason": wrong}
