@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dyncompress.labels import Ledger, Maps, core, varies
-from dyncompress.propagation import Call, Propagation, is_product
+from dyncompress.ops import is_product, undecomposed
+from dyncompress.propagation import Call, Propagation
 from dyncompress.rules import rule_for
 
 
@@ -98,6 +99,9 @@ class ZeroedRun(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if undecomposed(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         if is_product(func):
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             masked = {id(t): self._mask(t, maps) for t, maps in zip(tensors, next(self._consumed), strict=True) if maps}
@@ -143,6 +147,10 @@ class AuditedRun(Propagation):
         """The labels that were kept."""
         return self._kept_axes.get((name, dim))
 
+    def was_wide(self, tensor: Tensor, dim: int) -> bool:
+        """By the labels that its parameter carries."""
+        return (self.name_of(tensor), dim) in self._kept_axes
+
     def site(self, *args: Any, **kwargs: Any) -> int:
         """The way that was taken here when the network was traced."""
         turn = self._turns[self._turn]
@@ -172,7 +180,7 @@ class AuditedRun(Propagation):
         if self._closed:
             return func(*args, **(kwargs or {}))
         before = len(self.audit.wrong)
-        self._progress += 1
+        self._progress += not undecomposed(func)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         for labels, reason in self.audit.wrong[before:]:
             self.findings.append(self._finding(reason, labels))

@@ -71,10 +71,12 @@ def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
     Parameters that a method doesn't replace keep their identity.
     """
     plan = resolve(net, plan)
+    with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
+        layers = _layers(plan)
     originals = {op.module: _filters(net.get_submodule(op.module))[0].detach() for op in plan.graph.convs}
     _cut(net, plan)
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in _layers(plan).items():
+    for name, layer in layers.items():
         old = net.get_submodule(name)
         weight, bias = _filters(old)
         layer.to(weight.device, weight.dtype)

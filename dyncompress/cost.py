@@ -41,7 +41,10 @@ def measure_macs(net: nn.Module, example: Any) -> int:
         Multiply-adds of every convolution and matrix product.
     """
     args, kwargs = as_call(one_image(example))
-    copy = duplicate(bare(net), share=True).eval().requires_grad_(False)  # the counter hooks what asks for gradients
+    copy = duplicate(bare(net), share=True).eval()
+    for p in copy.parameters():
+        if p.is_leaf:
+            p.requires_grad_(False)  # the counter hooks what asks for gradients
     with undisturbed(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
         copy(*args, **kwargs)
     return int(counter.get_total_flops()) // 2

@@ -73,6 +73,9 @@ def agreed(counts: Any) -> dict[str, Runs]:
     }
 
 
+_TIED = "its channels are tied to each other: all of them go, or none"
+
+
 def replaceable(net: nn.Module, recording: Recording) -> list[str]:
     """Paths of the plain convolutions that ran."""
     found = [op.module for op in recording.operations if not _obstacle(net, op)]
@@ -102,7 +105,9 @@ def operations(
             continue
         own = closed.classes[op.writes.numpy()].tolist() if op.writes is not None else []
         kept = all(c not in closed.place for c in own)
-        reason = next((closed.pinned[c] for c in own if c in closed.pinned), "") if kept else ""
+        reason = (
+            next((closed.pinned[c] for c in own if c in closed.pinned), _TIED if len(own) > 1 else "") if kept else ""
+        )
         extents = tuple(extent(closed.runs(ids)) for ids in op.axes)
         spec, block, norm, runs = None, "", "", ()
         static = _obstacle(net, op) if op.kind.startswith("conv") else ""

@@ -149,7 +149,7 @@ class Plan:
                     LayerPlan(op.module, op.kind, choice.method.name, reason, op.spec.in_channels, spec.in_channels,
                               op.spec.out_channels, spec.out_channels, macs.total, macs_now.total, params, params_now)
                 )  # fmt: skip
-            elif op.weight:
+            elif op.weight or op.kind.startswith("conv"):
                 rows.append(self._fixed_row(op, full))
         return tuple(rows)
 

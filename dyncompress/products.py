@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,19 +30,21 @@ def convolution(call: Call) -> Maps:
     entering = mode.ids(x, 1)
     reason = mode.at("reads channels that can't be cut")
     per_group = x.shape[1] // groups
+    depthwise = groups > 1 and per_group == 1 and not mode.was_wide(w, 1)
     if transposed:
         ledger.tie(entering, first, reason)
         leaving = second.repeat(groups)
         if groups > 1:
             ledger.tie(entering.view(groups, -1), entering.view(groups, -1)[:1], reason)
     else:
-        if groups > 1 and per_group == 1:
+        if depthwise:
             mode.site(call, entering, [(groups, entering)], [Way()], free=True)
             if not first.any() and not (w != w[:1]).any():  # a fixed filter, the same for every channel
                 first = entering.repeat_interleave(len(first) // groups)
             ledger.tie(first.view(groups, -1), entering.view(groups, 1), reason)
         else:
-            ledger.tie(entering.view(groups, per_group), second.view(1, per_group), reason)
+            if per_group > 1 or groups == 1:  # one channel a group has no label: a cut left just that
+                ledger.tie(entering.view(groups, per_group), second.view(1, per_group), reason)
             if groups > 1:
                 ledger.tie(first.view(groups, -1), first.view(groups, -1)[:1], reason)
         leaving = first
@@ -77,22 +80,34 @@ def matmul(call: Call) -> Maps:
                 p, q = m.select(-2, 0), n.select(-1, 0)
                 a_inner, b_inner = torch.broadcast_tensors(p, q)
                 ledger.tie_maps(a_inner, b_inner, reason)
-        inner = [core(over_a[0].select(-2, 0))]
+        inner = over_a
     else:
         for m in [*over_a, *over_b]:
             ledger.pin(core(m), reason)
-        inner = [core(m) for m in [*over_a, *over_b]][:1]
+        inner = over_a or over_b
     passed = [m.select(-1, 0).unsqueeze(-1).expand(out.shape) for m in rows]
     passed += [m.select(-2, 0).unsqueeze(-2).expand(out.shape) for m in columns]
     added = [m.expand(out.shape) for m in mode.maps(call.tensors[0])] if len(call.tensors) == 3 else []
     passed = mode.merged([passed[: len(rows)], passed[len(rows) :], added], reason)  # both sides may have heads
-    axes = (*inner, *[core(m) for m in [*rows, *columns]])
+    axes = (*_axes(inner), *_axes(passed))
     total = out.numel() * a.shape[-1]
     name = mode.name_of(b) or mode.name_of(a)
     fixed = total // math.prod(len(x) for x in axes)
-    writes = core(columns[0]) if columns and name else None
-    mode.operation(Operation(mode.module, "matmul", name, fixed, axes, writes=writes))
+    mode.operation(
+        Operation(mode.module, "matmul", name, fixed, axes, writes=core(columns[0]) if columns and name else None)
+    )
     return tuple(passed)
+
+
+def _axes(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Labels that a cost is proportional to.
+
+    Several maps along one dimension are factors of it (a flattened kernel has input channels and kernel elements);
+    each then counts by its own channels, and what is left is constant.
+    """
+    dims = [set(varies(m)) for m in maps]
+    alone = [not any(dims[i] & other for k, other in enumerate(dims) if k != i) for i in range(len(maps))]
+    return [core(m) if single else m.unique() for m, single in zip(maps, alone, strict=True)]
 
 
 def attention(call: Call) -> tuple[Maps, ...]:

@@ -16,17 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dyncompress.labels import Ledger, Maps, compact, core, varies
+from dyncompress.memory import Memory
+from dyncompress.ops import FACTORIES, PRODUCTS, undecomposed
 from dyncompress.recording import Operation, Recording, Seam
-from dyncompress.sites import FACTORIES, Attribute, Line, Site, Way, counted
-
-PRODUCTS = frozenset(
-    "convolution mm bmm addmm baddbmm mv mkldnn_rnn_layer _scaled_dot_product_flash_attention_for_cpu".split()
-)
-
-
-def is_product(func: Any) -> bool:
-    """Whether an op multiplies channels with weights, or with each other."""
-    return func._schema.name.removeprefix("aten::") in PRODUCTS
+from dyncompress.sites import Attribute, Line, Site, Way, counted
 
 
 class Propagation(TorchDispatchMode):
@@ -57,19 +50,21 @@ class Propagation(TorchDispatchMode):
         self._rules = rules
         self._names: dict[int, str] = {}
         self._state: list[Tensor] = []  # keeps the ids of _names alive
+        scripted = {
+            id(t) for _, m in net.named_modules() if isinstance(m, torch.jit.ScriptModule) for t in m.parameters()
+        }
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dim() > 0:
+            if id(tensor) not in scripted and (tensor.is_floating_point() or tensor.is_complex()) and tensor.dim():
                 self._names.setdefault(id(tensor), name)
                 self._state.append(tensor)
         self._maps: dict[int, tuple[Tensor, Maps]] = {}
-        self._written: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> a tensor in it, labels of its elements
-        self._factories: set[int] = set()  # memory of tensors that the code makes: zeros, ones, ...
-        self._owners: dict[int, Tensor] = {}  # memory -> the tensor that had it first
+        self._memory = Memory()
         self._origin: dict[int, str] = {}
         self.convolved: dict[int, str] = {}  # results of convolutions that nothing has read yet
         self._stack: list[tuple[str, nn.Module, Any]] = [("", net, ())]
         self._counted: dict[Attribute, Tensor] = {}
         self._turns: Counter[Any] = Counter()  # sites seen in each call of a module
+        self._parameters = {name for name, _ in net.named_parameters()}
         self._kernels = {
             id(p)
             for m in net.modules()
@@ -79,7 +74,10 @@ class Propagation(TorchDispatchMode):
         }
         self._stateless: set[str] = set()
         self._made: dict[str, list[Tensor]] = {}  # channels made while a stateless module runs
-        self._hooks = [h for n, m in net.named_modules() for h in self._watch(n, m)]
+        own = [
+            (n, m) for n, m in net.named_modules() if not isinstance(m, torch.jit.ScriptModule)
+        ]  # those take no hooks
+        self._hooks = [h for name, module in own for h in self._watch(name, module)]
 
     def close(self) -> None:
         """Take the hooks off the network."""
@@ -200,9 +198,9 @@ class Propagation(TorchDispatchMode):
         """Labels of a tensor; parameters and buffers get theirs when they are first seen."""
         if not isinstance(tensor, Tensor):
             return ()
-        written = self._written.get(_storage(tensor)) if self._written else None
+        written = self._memory.labels(tensor)
         if written is not None:
-            return (compact(_through(written[1], tensor)),)
+            return written
         known = self._maps.get(id(tensor))
         if known is not None:
             return known[1]
@@ -224,27 +222,24 @@ class Propagation(TorchDispatchMode):
         ids = self.recording.axes[name, dim] = self.ledger.fresh(size)
         return ids
 
+    def was_wide(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a dimension of length 1 was longer before a cut."""
+        return False
+
     def assign(self, tensor: Tensor, maps: Maps) -> Maps:
         """Give a tensor its labels."""
         self._maps[id(tensor)] = (tensor, maps)
-        self._owners.setdefault(_storage(tensor), tensor)
+        self._memory.note(tensor)
         return maps
 
     def write(self, target: Tensor, maps: Maps) -> None:
         """Enter labels that are written into a part of a tensor: whoever reads its memory from now on sees them."""
-        whole, new = self._owners.get(_storage(target), target), _storage(target) in self._factories
-        if len(maps) > 1 or (len(self.maps(whole)) > 1 and not new):
+        whole = self.maps(self._memory.owner(target))
+        if len(maps) > 1 or (len(whole) > 1 and not self._memory.is_new(target)):
             for m in maps:
                 self.ledger.pin(core(m), self.at("channels of two kinds are written into part of another tensor"))
             return
-        if _storage(target) not in self._written:
-            memory = torch.zeros(target.untyped_storage().nbytes() // target.element_size(), dtype=torch.int64)
-            written = {d for m in maps for d in varies(m)}
-            for m in self.maps(whole):  # of a new tensor, only what the written channels give a meaning to
-                if not new or (target.dim() == whole.dim() and set(varies(m)) <= written):
-                    _through(memory, whole).copy_(m)
-            self._written[_storage(target)] = whole, memory
-        part = _through(self._written[_storage(target)][1], target)
+        part = self._memory.part(target, whole, maps)
         for m in maps:
             self.ledger.tie_maps(torch.where(part == 0, m, part), m, self.at("written over channels that can't be cut"))
         part.copy_(maps[0] if maps else torch.zeros((), dtype=torch.int64))
@@ -266,7 +261,7 @@ class Propagation(TorchDispatchMode):
             columns = torch.where(columns == 0, one, columns)
             self.ledger.tie(columns, one, f"one channel holds several ({self.module})")
             if (found != 0).any():
-                self.ledger.tie(found, one[:, 0], reason)
+                self.ledger.tie(found, one[:, 0], reason or self.at("meets channels that can't be cut"))
             found = one[:, 0]
         return found
 
@@ -308,6 +303,9 @@ class Propagation(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if undecomposed(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         call = Call(self, func, args, kwargs)
         labelled = any([self.maps(t) for t in call.tensors])  # a list: every parameter must get its labels
         for t in call.tensors:
@@ -320,7 +318,7 @@ class Propagation(TorchDispatchMode):
         if call.name in FACTORIES and isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 1:
             self._made_by_code(call, out)
             return out
-        if not labelled:
+        if not labelled and call.name not in PRODUCTS:  # those cost something
             return out
         rule = self._rules(call)
         outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -329,12 +327,7 @@ class Propagation(TorchDispatchMode):
             return out
         try:
             result = rule(call)
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-            TypeError,
-        ) as error:  # a form of the op that its rule doesn't know
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # a form of the op that its rule lacks
             self.pin(call.tensors, self.at(f"{call.name} can't be followed ({error})"))
             return out
         several = bool(result) and isinstance(result[0], tuple)
@@ -360,7 +353,7 @@ class Propagation(TorchDispatchMode):
                 ids = self.ledger.fresh(size)
                 self.site(call, ids, [(size, ids)], [Way()], free=True)
                 maps.append(ids.view([-1 if i == d else 1 for i in range(made.dim())]).expand(made.shape))
-        self._factories.add(_storage(made))
+        self._memory.note(made, new=True)
         self.assign(made, tuple(maps))
 
     def rescale(self, labels: Tensor, what: str) -> None:
@@ -375,18 +368,9 @@ class Propagation(TorchDispatchMode):
         """A tensor computed from parameters alone is named after the one that gave it its size."""
         names = [self.name_of(t) for t in sources]
         if all(names):
-            largest = max(range(len(sources)), key=lambda i: sources[i].numel())
+            largest = max(range(len(sources)), key=lambda i: (sources[i].numel(), names[i] in self._parameters))
             if sources[largest].numel() == made.numel():
                 self._origin[id(made)] = names[largest]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _through(memory: Tensor, tensor: Tensor) -> Tensor:
-    """Labels of the memory of a tensor, seen as the tensor sees it."""
-    return memory.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 class Call:

@@ -230,7 +230,7 @@ def _names(rule: Rule, names: str) -> dict[str, Rule]:
 
 
 _RULES: dict[str, Rule] = {
-    **_names(move, "permute transpose t transpose_ t_ expand clone detach alias _to_copy contiguous squeeze"
+    **_names(move, "permute transpose t transpose_ t_ expand clone detach alias contiguous squeeze"
              " squeeze_ unsqueeze unsqueeze_ flip repeat pixel_shuffle pixel_unshuffle channel_shuffle lift_fresh"
              " native_channel_shuffle mT T movedim"),
     **_names(join, "cat stack"),
@@ -250,8 +250,8 @@ _RULES: dict[str, Rule] = {
     **_names(along, "_softmax _log_softmax cumsum cumprod cummax cummin sort topk argsort"),
     **_names(attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"
              " _scaled_dot_product_efficient_attention _scaled_dot_product_attention_math"),
-    **_names(same, "zeros_like ones_like empty_like full_like rand_like randn_like native_dropout bernoulli bernoulli_"
-             " fill_ zero_ uniform_ normal_"),
+    **_names(same, "_to_copy zeros_like ones_like empty_like full_like rand_like randn_like native_dropout bernoulli"
+             " bernoulli_ fill_ zero_ uniform_ normal_"),
     "mkldnn_rnn_layer": recurrent,
     "glu": gate,
     "im2col": unfold,

@@ -47,9 +47,6 @@ class Way:
     counts: tuple[Count, ...] = ()
 
 
-FACTORIES = frozenset("zeros ones empty full new_zeros new_ones new_empty new_full".split())
-"""Ops that make a tensor of a written-down size."""
-
 Line = tuple[str, str, int]
 """Class of a module, op, turn: the same for every block that runs the same code."""
 

@@ -106,9 +106,13 @@ class Tracer:
         if not isinstance(net, nn.Module):
             raise TraceError(f"can't trace a {type(net).__name__}; pass a torch.nn.Module")
         net = bare(net)
+        if isinstance(net, torch.jit.ScriptModule):
+            raise TraceError(
+                f"can't trace a scripted {net.original_name}; pass the torch.nn.Module that it was made from"
+            )
         self.name = type(net).__name__
         self.args, self.kwargs = as_call(one_image(example))
-        self.net = duplicate(net, share=True).eval()
+        self.net = duplicate(net).eval()  # not shared: a forward may write into its weights
         self.decisions: dict[Line, int] = {}  # places where the first way failed
         self.tries = 0
         self.pins: list[tuple[Axis, np.ndarray, str]] = []  # positions of axes that proved uncuttable
@@ -173,7 +177,13 @@ class Tracer:
         return [shapes]
 
     def _unseen(self, recording: Recording) -> list[str]:
-        return [name for name, m in self.net.named_modules() if not recording.calls[name] and list(m.parameters(False))]
+        used = {name for name, _ in recording.axes}
+        return [
+            path
+            for path, module in self.net.named_modules()
+            if not recording.calls[path] and (own := [n for n, _ in module.named_parameters(path, recurse=False)])
+            if not used & set(own)
+        ]
 
     # ---- the graph -----------------------------------------------------------------------------------------------
 

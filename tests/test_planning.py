@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 import networks
+from dyncompress.budget import Budget
 from dyncompress.conversion import convert, plan_of
 from dyncompress.cost import measure_macs
 from dyncompress.errors import BudgetError, DynCompressError, PlanError, UnknownMethodError
 from dyncompress.importance import best
 from dyncompress.latency import Latency, measure_latency
 from dyncompress.layers import DyNet
-from dyncompress.planning import make_plan, reachable
+from dyncompress.planning import Problem, make_plan, reachable
 from dyncompress.ranking import rank
 from dyncompress.tracing import trace
 
@@ -281,7 +282,29 @@ def test_bad_arguments(arguments, error, said):
 def test_planning_is_integer_arithmetic(monkeypatch):
     """No layer is built while widths are searched."""
     net, x = networks.make(networks.Residual)
-    graph = trace(net, x)
-    monkeypatch.setattr("dyncompress.planning.trace", lambda *_: graph)
+    problem = Problem(net, trace(net, x), DyNet())
     monkeypatch.setattr(nn.Module, "__init__", lambda *_: pytest.fail("a module was built"))
-    assert make_plan(net, x, "50%").ratio <= 0.5
+    assert problem.solve(Budget.parse("50%"), "uniform", 0.01).ratio <= 0.5
+
+
+def test_widths_that_the_code_cannot_follow_are_found_before_the_plan_is_given_out():
+    """The graph is verified at widths of its own; only the plan's tell that this network wants at least 12."""
+
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 48, 3)
+            self.third = nn.Conv2d(48, 5, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            if x.shape[1] < 12:
+                raise ValueError("at least twelve channels, please")
+            return self.third(self.second(x)).mean((2, 3))
+
+    net, x = Picky(), torch.zeros(1, 3, 12, 12)
+    assert [g.name for g in trace(net, x).groups] == ["first", "second"]
+    plan = make_plan(net, x, "30%", "static")
+    assert "at least twelve" in plan.graph.pinned["first"]
+    assert 0.29 <= plan.ratio <= 0.30
+    assert convert(net, plan)(x).shape == (1, 5)
