@@ -34,6 +34,7 @@ _BY_SIZE = {
         convformer_s18 mambaout_femto edgenext_xx_small fastvit_sa12 focalnet_tiny_srf mobilevit_xxs
         mobilevitv2_050 pvt_v2_b0 twins_pcpvt_small xcit_nano_12_p16_224 efficientvit_b0 efficientvim_m1
         iformer_t lowformer_b0 cpubone_nano tresnet_m
+        test_resnet test_byobnet test_nfnet test_convnext2 test_efficientnet_ln mobilenetv2_035 ghostnet_050 dla46_c
     """,
     160: "inception_v3 inception_resnet_v2 legacy_xception nasnetalarge pnasnet5large",
 }

@@ -45,7 +45,6 @@ _IMAGE_MODELS: dict[str, tuple[str, int, Settings]] = {
     "hgnet_v2": ("HGNetV2ForImageClassification", 128, {}),
     "textnet": ("TextNetForImageClassification", 64, {}),
     "dinov3_convnext": ("DINOv3ConvNextModel", 64, _SMALL),
-    "superpoint": ("SuperPointForKeypointDetection", 64, {}),
     "pp_lcnet": ("PPLCNetForImageClassification", 128, {}),
 }
 
