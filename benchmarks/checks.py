@@ -72,6 +72,7 @@ def _within(name: str, module: str) -> bool:
 
 def _with_gradient(net: nn.Module, example: Any) -> set[str]:
     net = deepcopy(net).train()
+    torch.manual_seed(0)  # layers that are dropped at random are the same ones in every network
     loss = sum(t.square().sum() for t in tensors(call(net, example)) if t.is_floating_point() and t.requires_grad)
     if not isinstance(loss, Tensor):
         raise RuntimeError("its output hangs on no parameter")

@@ -104,7 +104,8 @@ def duplicate(net: nn.Module, *, share: bool = False) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     if share:
-        memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()}
+        eager = [m for m in net.modules() if not isinstance(m, torch.jit.ScriptModule)]  # those make theirs anew
+        memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for m in eager for p in m.parameters(recurse=False)}
     return deepcopy(net, memo)
 
 

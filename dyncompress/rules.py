@@ -173,6 +173,32 @@ def gate(call: Call) -> Maps:
     return tuple(results)
 
 
+def windows(call: Call) -> Maps:
+    """``x.unfold``: overlapping windows of a dimension, as a last one."""
+    source, out, results = call.tensors[0], call.first_out, []
+    dim = call.arg("dimension") % source.dim()
+    for m in call.mode.maps(source):
+        if dim in varies(m):
+            call.mode.ledger.pin(core(m), call.mode.at("windows of a labelled dimension"))
+            continue
+        results.append(m.narrow(dim, 0, 1).unsqueeze(-1).expand(out.shape))
+    return tuple(results)
+
+
+def put(call: Call) -> Maps:
+    """``x[mask] = value``: what is written has the channels of what it is written over."""
+    target, value = call.arg("self"), call.arg("values")
+    picked = sum(index.dim() if index.dtype == torch.bool else 1 for index in call.arg("indices") if index is not None)
+    for m in call.mode.maps(target):
+        if min(varies(m)) < picked:
+            call.mode.ledger.pin(core(m), call.mode.at(f"channels picked by number ({call.name})"))
+    for back in range(1, min(value.dim(), target.dim() - picked) + 1):
+        if value.shape[-back] == target.shape[-back]:
+            a, b = call.mode.ids(value, value.dim() - back), call.mode.ids(target, target.dim() - back)
+            call.mode.ledger.tie(a, b, call.mode.at("written over channels that can't be cut"))
+    return call.mode.maps(target)
+
+
 def unpool(call: Call) -> Maps:
     """Back to where the maxima were: the channels of values and places go together."""
     values, places = call.tensors
@@ -267,6 +293,8 @@ _RULES: dict[str, Rule] = {
              " _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d reflection_pad1d"
              " reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"
              " mkldnn_max_pool2d fractional_max_pool2d grid_sampler_2d grid_sampler_3d"),
+    "unfold": windows,
+    **_names(put, "index_put index_put_ _index_put_impl_"),
     **_names(unpool, "max_unpool2d max_unpool3d"),
 }  # fmt: skip
 

@@ -131,7 +131,8 @@ class Tracer:
             with undisturbed():
                 self.expected.append(self._propagate(mode, training=False))
                 if self.in_training is None:
-                    self.in_training = bool(self._unseen(mode.recording))
+                    used = {name for name, _ in mode.recording.axes}
+                    self.in_training = any(p.numel() > 1 and n not in used for n, p in self.net.named_parameters())
                 if self.in_training:
                     mode.costing = False
                     self.expected += self._propagate_training(mode)
