@@ -178,7 +178,7 @@ class Plan:
             f" ({self.ratio:.2%}), {readable(self.params_after)} of {readable(self.params_before)} parameters"
             f" ({self.params_ratio:.2%})",
             caption=f"{self._told()}widths: {self.allocation}, channels by {self.importance};"
-            " MACs of one image, kernel assembly and routers included",
+            f" MACs of one image, kernel assembly and routers included{self._left_out()}",
             title_style="bold",
         )
         for column, justify in (("layer", "left"), ("in", "right"), ("out", "right"), ("method", "left"),
@@ -195,6 +195,11 @@ class Plan:
                 row.reason,
             )
         return table
+
+    def _left_out(self) -> str:
+        unseen = self.graph.unseen
+        more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+        return f"; the example never ran {', '.join(unseen[:5])}{more}: left as they are" if unseen else ""
 
     def _told(self) -> str:
         told = [f"asked {a:.2%} of the {UNITS[limit.quantity]}, achieved {b:.2%}; " for limit, a, b in self.asked]

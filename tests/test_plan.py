@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from torch import nn
 
 import networks
 from dyncompress.conversion import convert
@@ -118,3 +120,17 @@ def test_other_malformed_plans(plan):
 def test_a_missing_file(tmp_path):
     with pytest.raises(PlanError, match=r"no plan at .*nowhere.json.*dyncompress plan"):
         Plan.load(tmp_path / "nowhere.json")
+
+
+def test_the_table_names_what_the_example_never_ran():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.last, self.spare = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 1), nn.Conv2d(64, 4, 1)
+
+        def forward(self, x):
+            return (self.last if x.shape[2] < 100 else self.spare)(self.used(x))
+
+    plan = make_plan(Spare(), torch.zeros(1, 3, 16, 16), "50%", "static")
+    assert plan.graph.unseen == ("spare",)
+    assert "the example never ran spare: left as they are" in " ".join(str(plan).split())
