@@ -65,13 +65,13 @@ def _head(results: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _figures(rows: list[dict[str, Any]], peer: dict[str, Any]) -> Iterator[str]:
-    seconds = sorted(f["seconds"] for row in rows for f in row["targets"].values() if "seconds" in f)
+    seconds = sorted(f["cpu"] for row in rows for f in row["targets"].values() if "cpu" in f)
     if seconds:
         late = seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
-        line = f"- Plan and conversion, graph included, on one thread: median {statistics.median(seconds):.1f} s, 95th"
-        line += f" percentile {late:.1f} s, slowest {seconds[-1]:.1f} s"
+        line = "- Plan and conversion, graph included, on one thread, in seconds of CPU: median"
+        line += f" {statistics.median(seconds):.1f} s, 95th percentile {late:.1f} s, slowest {seconds[-1]:.1f} s"
         known = next((row for row in rows if row["name"] == "timm/resnet50"), {"targets": {}})["targets"].get("50", {})
-        yield line + (f"; ResNet-50 {known['seconds']:.1f} s." if "seconds" in known else ".")
+        yield line + (f"; ResNet-50 {known['cpu']:.1f} s." if "cpu" in known else ".")
     for target in ("50", "25"):
         found = Counter(_status(row, target) for row in rows)
         yield f"- At {target} %: {', '.join(f'{count} {status}' for status, count in found.most_common())}."
@@ -106,12 +106,12 @@ def _provenance(arms: dict[str, Any]) -> Iterator[str]:
 def _networks(rows: Iterable[dict[str, Any]], peer: dict[str, Any]) -> Iterator[str]:
     yield "## Network by network"
     yield ""
-    yield "Share of the MACs that is left (asked 50 %, 25 %), and seconds from network to student."
+    yield "Share of the MACs that is left (asked 50 %, 25 %), and seconds of CPU from network to student."
     yield ""
     yield "| network | MACs | at 50 % | at 25 % | s | torch-pruning at 50 % |"
     yield "|---|--:|--:|--:|--:|--:|"
     for row in rows:
-        seconds = row["targets"].get("50", {}).get("seconds")
+        seconds = row["targets"].get("50", {}).get("cpu")
         cells = [
             row["name"],
             readable(row["macs"]) if "macs" in row else "",
