@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     errors
     layers.spec layers.method layers.execution layers.router layers.static layers.dynet layers
-    ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins tracing
-    cost importance marginal budget plan
+    ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
+    tracing cost importance marginal budget plan
     allocation knapsack selection conversion folding distillation latency evaluation taylor ranking sensitivity planning
     plotting allocator provenance arms report tracking bundle checkpoint
     host student restoring patch inputs teaching callback
