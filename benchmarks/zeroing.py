@@ -6,6 +6,7 @@ several channels at once but through a weight: that is, where BatchNorm is the o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -68,23 +69,26 @@ class _Ops(TorchDispatchMode):
 
 
 def zeroed(net: nn.Module, plan: Plan, read: Read) -> nn.Module:
-    """The original with zeros in every weight that reads a channel which the plan cuts.
-
-    Queries and keys are read by no weight but by each other: their channels are also zeroed where they are written.
-    """
+    """The original with zeros in every weight that reads a channel which the plan cuts."""
     graph, copy = plan.graph, deepcopy(net)
     tensors = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
     readers = {op.weight: (0 if op.kind == "conv_transpose" else 1,) for op in graph.operations if op.weight}
-    met = {group for op in graph.operations if not op.weight for _, parts in op.axes for group, _ in parts}
-    elsewhere = [keep if g in met else range(graph.groups[g].channels) for g, keep in enumerate(plan.keep)]
     with torch.no_grad():
-        for key, runs in graph.axes.items():
-            name, _, dim = key.rpartition(":")
-            reads = int(dim) in {**readers, **read}.get(name, ())
-            stay = set(positions(runs, plan.keep if reads else elsewhere))  # type: ignore[arg-type]
-            gone = [i for i in range(length(runs)) if i not in stay]
-            tensors[name].index_fill_(int(dim), torch.tensor(gone, dtype=torch.int64), 0)
+        for name, dims in {**readers, **read}.items():
+            for dim in dims:
+                runs = graph.axes.get(f"{name}:{dim}")
+                if runs is not None:
+                    stay = set(positions(runs, plan.keep))  # type: ignore[arg-type]
+                    gone = [i for i in range(length(runs)) if i not in stay]
+                    tensors[name].index_fill_(dim, torch.tensor(gone, dtype=torch.int64), 0)
     return copy
+
+
+def read_by_weights(plan: Plan) -> Plan:
+    """The plan without cuts that no weight reads: queries and keys meet each other, and nothing there can be zeroed."""
+    met = {group for op in plan.graph.operations if not op.weight for _, parts in op.axes for group, _ in parts}
+    whole = [tuple(range(group.channels)) for group in plan.graph.groups]
+    return dataclasses.replace(plan, keep=tuple(whole[g] if g in met else k for g, k in enumerate(plan.keep)))
 
 
 def equivalence(net: nn.Module, plan: Plan, example: Any, read: Read) -> dict[str, Any]:
@@ -100,6 +104,7 @@ def equivalence(net: nn.Module, plan: Plan, example: Any, read: Read) -> dict[st
         ``distance``, ``control`` (how far zeroing moves the output of the original), and ``wrong``: what is; 'n/a'
         and why where the check shows nothing; '' otherwise.
     """
+    plan = read_by_weights(plan)
     try:
         wide = nn.Module.double(deepcopy(net))
         inputs = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, example)
