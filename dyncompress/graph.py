@@ -106,7 +106,11 @@ def duplicate(net: nn.Module, *, share: bool = False) -> nn.Module:
     if share:
         eager = [m for m in net.modules() if not isinstance(m, torch.jit.ScriptModule)]  # those make theirs anew
         memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for m in eager for p in m.parameters(recurse=False)}
-    return deepcopy(net, memo)
+    with torch.no_grad():  # else the copy of a scripted module's weights is a function of them, and no leaf
+        twin = deepcopy(net, memo)
+    for before, after in zip(net.parameters(), twin.parameters(), strict=True):
+        after.requires_grad_(before.requires_grad)
+    return twin
 
 
 @contextmanager
