@@ -46,7 +46,7 @@ format: install  ## let ruff rewrite what it can
 coverage: install  ## which lines of the package the fast tests reach
 	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered
 
-zoo: install $(ZOO)  ## what works on which of 300 networks, torch-pruning beside it; hours, resumable
+zoo: install $(ZOO)  ## what works on which of 391 networks, torch-pruning beside it; hours, resumable
 	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.zoo --peer --limit 60
 	$(BIN)/python -m benchmarks.table

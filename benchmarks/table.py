@@ -97,7 +97,7 @@ def _provenance(arms: dict[str, Any]) -> Iterator[str]:
             versions = ", ".join(f"{name} {number}" for name, number in here["versions"].items())
             yield (
                 f"{title}: `make zoo`, {here['date'][:10]}, {here['hardware']}, one thread a network, {here['jobs']} at"
-                f" a time, limit {here['limit']:g} s a network; {versions}."
+                f" a time, limit {here['limit']:g} s a network; {versions}. {here.get('note', '')}".rstrip()
             )
             yield ""
     yield "Weights are random, inputs those of [`benchmarks/networks`](../benchmarks/networks)."
