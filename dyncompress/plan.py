@@ -26,7 +26,7 @@ from dyncompress.errors import DynCompressError, PlanError
 from dyncompress.graph import ConvGraph, Group, Operation
 from dyncompress.layers import ConvSpec, Static, get_method
 
-SCHEMA = 1
+SCHEMA = 2
 Keep = int | tuple[int, ...]
 
 

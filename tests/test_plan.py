@@ -86,7 +86,7 @@ def corrupt(plan, **changes):
         ("{", "no JSON"),
         ("[1]", "no plan"),
         ("{}", "no plan"),
-        ('{"schema": 99}', "schema 99, this version reads 1"),
+        ('{"schema": 99}', "schema 99, this version reads 2"),
         ("[" * 100_000, "no JSON"),
     ],
 )
