@@ -50,9 +50,8 @@ class Propagation(TorchDispatchMode):
         self._rules = rules
         self._names: dict[int, str] = {}
         self._state: list[Tensor] = []  # keeps the ids of _names alive
-        scripted = {
-            id(t) for _, m in net.named_modules() if isinstance(m, torch.jit.ScriptModule) for t in m.parameters()
-        }
+        eager = [(n, m) for n, m in net.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+        scripted = {id(t) for m in net.modules() if isinstance(m, torch.jit.ScriptModule) for t in m.parameters()}
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             if id(tensor) not in scripted and (tensor.is_floating_point() or tensor.is_complex()) and tensor.dim():
                 self._names.setdefault(id(tensor), name)
@@ -74,10 +73,7 @@ class Propagation(TorchDispatchMode):
         }
         self._stateless: set[str] = set()
         self._made: dict[str, list[Tensor]] = {}  # channels made while a stateless module runs
-        own = [
-            (n, m) for n, m in net.named_modules() if not isinstance(m, torch.jit.ScriptModule)
-        ]  # those take no hooks
-        self._hooks = [h for name, module in own for h in self._watch(name, module)]
+        self._hooks = [h for name, module in eager for h in self._watch(name, module)]  # scripted ones take none
 
     def close(self) -> None:
         """Take the hooks off the network."""
@@ -142,10 +138,9 @@ class Propagation(TorchDispatchMode):
     def entering(self, size: int) -> list[Tensor]:
         """Labels of the channel dimensions of a size, among the inputs of the running module."""
         found = []
-        for t in tree_leaves(self._stack[-1][2]):
-            if isinstance(t, Tensor):
-                labelled = {d for m in self.maps(t) for d in varies(m)}
-                found += [self.ids(t, d) for d in sorted(labelled) if t.shape[d] == size]
+        for t in self.inputs():
+            labelled = {d for m in self.maps(t) for d in varies(m)}
+            found += [self.ids(t, d) for d in sorted(labelled) if t.shape[d] == size]
         return found
 
     def inputs(self) -> list[Tensor]:

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+import graph_checks
 import networks
 from dyncompress.errors import TraceError
-from dyncompress.narrowing import cut, positions
+from dyncompress.narrowing import cut
 from dyncompress.tracing import trace
-
-
-def outputs(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([t.flatten() for t in tree_leaves(net(x))])
-
-
-def thirds(graph):
-    """Every third channel of every group goes."""
-    return [[i for i in range(g.channels) if i % 3 != 1] for g in graph.groups]
 
 
 @pytest.mark.parametrize("network", networks.NETWORKS)
 def test_something_can_be_cut_and_the_cut_network_runs(network):
     net, x = networks.make(network)
-    before = deepcopy(net.state_dict())
-    graph = trace(net, x)
-    assert graph.groups
-    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "tracing left a trace"
-    small = deepcopy(net)
-    cut(small, graph, thirds(graph))
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
-    assert outputs(small, x).shape == outputs(net, x).shape
-    trained = small.train()
-    sum(t.sum() for t in tree_leaves(trained(x))).backward()
+    with graph_checks.left_as_it_was(net):
+        graph = trace(net, x)
+        assert graph.groups
+        graph_checks.smaller_and_runs(net, graph, x)
 
 
 @pytest.mark.parametrize("network", networks.BATCH_NORMED)
@@ -47,21 +29,7 @@ def test_cutting_equals_zeroing_what_reads_the_channels(network):
     graph = trace(net, x)
     if graph.rescaled:
         pytest.skip(f"counts its channels: {graph.rescaled[0]}")
-    kept = thirds(graph)
-    small, zeroed = deepcopy(net), deepcopy(net)
-    cut(small, graph, kept)
-    readers = {op.weight: 0 if op.kind == "conv_transpose" else 1 for op in graph.operations if op.weight}
-    with torch.no_grad():
-        for name, dim in readers.items():
-            runs = graph.axes.get(f"{name}:{dim}")
-            if runs is not None:
-                weight = zeroed.get_parameter(name)
-                gone = sorted(set(range(weight.shape[dim])) - set(positions(runs, kept)))
-                weight.index_fill_(dim, torch.tensor(gone, dtype=torch.int64), 0)
-    found, expected = outputs(small, x), outputs(zeroed, x)
-    scale = expected.abs().max()
-    assert (found - expected).abs().max() < 1e-4 * scale
-    assert (outputs(net, x) - expected).abs().max() > 1e-3 * scale, "the zeroed channels mattered"
+    graph_checks.equals_zeroed(net, graph, x, {})
 
 
 def test_residual_streams_are_cut_together_and_inner_widths_alone():
@@ -100,7 +68,7 @@ def test_what_the_code_counts_is_pinned_with_its_reason():
 def test_grouped_convolutions_keep_their_groups_equal():
     net, x = networks.make(networks.Grouped)
     graph = trace(net, x)
-    kept = thirds(graph)
+    kept = graph_checks.thirds(graph)
     cut(net, graph, kept)
     conv = net.body[1][0]
     assert conv.groups == 4 and conv.in_channels % 4 == 0 == conv.out_channels % 4
