@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dyncompress import files
 from dyncompress.conversion import convert, plan_of, plans_in
 from dyncompress.errors import CheckpointError, ExportError
 from dyncompress.folding import fold
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-4  # largest relative difference between an exported file's outp
 
 
 def save(student: nn.Module, path: str | Path) -> Path:
-    """Write a student as one safetensors file: its weights and its plan.
+    """Write a student as one safetensors file: its weights and its plan, sealed by a hash that `load` checks.
 
     Args:
         student: A converted network (or a module that holds one).
@@ -34,14 +34,23 @@ def save(student: nn.Module, path: str | Path) -> Path:
 
     Raises:
         CheckpointError: If the network was not converted.
+        WriteError: If the file can't be written.
     """
     if plan_of(student) is None:
         raise CheckpointError(
             f"{type(student).__name__} carries no plan; save what dyncompress converted, or use torch.save"
         )
     path = Path(path)
-    _write(path, lambda part: save_model(student, str(part), metadata={"format": "pt"}))
+    files.write(path, lambda part: _fill(student, part))
     return path
+
+
+def _fill(student: nn.Module, part: Path) -> None:
+    try:
+        save_model(student, str(part), metadata={"format": "pt", **files.SEAL})
+    except SafetensorError as error:  # how it tells of a full disk
+        raise OSError(str(error)) from error
+    files.seal(part)
 
 
 def load(path: str | Path, net: nn.Module) -> nn.Module:
@@ -75,6 +84,14 @@ def load(path: str | Path, net: nn.Module) -> nn.Module:
         raise CheckpointError(
             f"'{path}' lacks {sorted(missing)[:3]} of {type(net).__name__}; it belongs to another network"
         )
+    for name, value in expected.items():
+        found = own.get(name, value)
+        if not isinstance(found, Tensor) or found.shape != value.shape:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise CheckpointError(
+                f"'{path}' does not fit {type(net).__name__}: '{name}' is {tuple(value.shape)} by its plan, and"
+                f" {shape} in the file; it was put together from several, take another copy"
+            )
     student.load_state_dict({k: v for k, v in own.items() if k in expected}, strict=False)
     return student
 
@@ -99,6 +116,7 @@ def read_state(path: str | Path) -> Mapping[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file '{path}'; give a bundle that dyncompress.save wrote, or a checkpoint")
+    files.check(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
@@ -108,7 +126,7 @@ def read_state(path: str | Path) -> Mapping[str, Any]:
     except Exception as error:  # torch raises pickle.UnpicklingError for foreign classes, and whatever its reader meets
         raise CheckpointError(f"'{path}' can't be read as weights only ({type(error).__name__}: {error})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"'{path}' holds no state dict but a {type(content).__name__}")
     return state
 
@@ -127,6 +145,7 @@ def export(student: nn.Module, path: str | Path, example: Any) -> Path:
 
     Raises:
         ExportError: If the format is unknown, a needed package is missing, or the file's outputs differ.
+        WriteError: If the file can't be written.
     """
     path = Path(path)
     writers: dict[str, Callable[[nn.Module, Path, Any], None]] = {
@@ -137,21 +156,8 @@ def export(student: nn.Module, path: str | Path, example: Any) -> Path:
         raise ExportError(f"'{path}' ends in '{path.suffix}'; name the format by the ending: {' or '.join(writers)}")
     net = (fold(student) if plan_of(student) is not None else deepcopy(student).eval()).to("cpu")
     example = tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, example)
-    _write(path, lambda part: writers[path.suffix](net, part, example))
+    files.write(path, lambda part: writers[path.suffix](net, part, example))
     return path
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target, then replace it in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _batch(example: Any, size: int) -> Any:
@@ -208,7 +214,10 @@ def _export_program(net: nn.Module, path: Path, example: Any) -> None:
     shapes = tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.dim() else None, (args, kwargs))
     with torch.no_grad():
         program = torch.export.export(net, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()))
-        torch.export.save(program, path)
+        try:
+            torch.export.save(program, path)
+        except RuntimeError as error:  # how its archive tells of a full disk
+            raise OSError(str(error)) from error
         module = torch.export.load(path).module()
         for size in (1, 3, 8):
             more, named = as_call(_batch(example, size))

@@ -30,7 +30,7 @@ from typing_extensions import override
 from dyncompress.budget import Budget, Target, readable
 from dyncompress.checkpoint import load_weights, read_plan
 from dyncompress.conversion import plan_of, recalibrate, resolve
-from dyncompress.distillation import DistillConfig, Teacher
+from dyncompress.distillation import DistillConfig, Teacher, fingerprint
 from dyncompress.errors import DistillationError, DynCompressError, PlanError, TraceError
 from dyncompress.graph import bare
 from dyncompress.host import (
@@ -47,7 +47,7 @@ from dyncompress.layers import get_method
 from dyncompress.patch import Patch
 from dyncompress.plan import Plan
 from dyncompress.planning import check_shares, make_plan
-from dyncompress.restoring import follow, plans_of, refuse_other_plan
+from dyncompress.restoring import careful_loading, follow, plans_of
 from dyncompress.student import Student
 from dyncompress.teaching import TaughtStep
 from dyncompress.tracking import log_plan, log_summary
@@ -133,6 +133,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         self._teacher: Teacher | None = None
         self._patches: list[Patch | TaughtStep] = []
         self._restored: dict[str, Any] = {}
+        self._attached = ""
 
     def attach(self, model: Any, example: Any = None) -> None:
         """Convert now, before ``trainer.fit``.
@@ -146,6 +147,8 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         """
         self.example = self.example if example is None else example
         self._compress(None, model)
+        assert self._student is not None
+        self._attached = fingerprint(self._student.inner)
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
@@ -154,13 +157,13 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         """Convert when training is about to start; in every stage, see to it that compressed checkpoints load."""
         self._undo()
         self._restored = {}
+        if self._attached and self._student is not None and fingerprint(self._student.inner) != self._attached:
+            self._student.settle()  # trained in other processes, where the hooks ran that would have said so here
         try:
             self._patches.append(
                 Patch.before(pl_module, "on_load_checkpoint", partial(self._rebuild, trainer, pl_module))
             )
-            if trainer.strategy.restore_checkpoint_after_setup:
-                check = partial(refuse_other_plan, trainer, pl_module)
-                self._patches.append(Patch.before(trainer.strategy, "load_checkpoint", check))
+            self._patches.append(careful_loading(trainer, pl_module))
             if stage == "fit":
                 self._compress_when_built(trainer, pl_module)
         except BaseException:
@@ -295,12 +298,16 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         if self.distill is None:
             return None
         network = deepcopy(bare(self.teacher) if isinstance(self.teacher, nn.Module) else student.inner)
-        if isinstance(self.teacher, (str, Path)):
-            load_weights(network, self.teacher, prefix=student.path and f"{student.path}.")
-        teacher = Teacher(network)
-        if trainer is not None and trainer.world_size > 1:  # ranks may have built different networks
-            teacher.load(*from_rank_zero(trainer, lambda: (network.state_dict(), teacher.fingerprint)))
-        return teacher
+
+        def original() -> dict[str, Any]:
+            if isinstance(self.teacher, (str, Path)):
+                load_weights(network, self.teacher, prefix=student.path and f"{student.path}.")
+            return network.state_dict()
+
+        weights = from_rank_zero(trainer, original)  # others may have built another network, or lack the file
+        if trainer is not None and not trainer.is_global_zero:
+            network.load_state_dict(weights)
+        return Teacher(network)
 
     def _take_over(self, student: Student) -> None:
         """Go on with a network that somebody else converted."""

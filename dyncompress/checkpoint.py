@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from dyncompress import files
 from dyncompress.bundle import read_state
 from dyncompress.conversion import convert_, plan_of, plans_in
 from dyncompress.errors import CheckpointError, DynCompressError
@@ -85,7 +87,8 @@ def load_from_checkpoint(module: Any, path: str | Path, **kwargs: Any) -> Any:
     Args:
         module: The LightningModule's class.
         path: The checkpoint.
-        **kwargs: As ``LightningModule.load_from_checkpoint`` takes them.
+        **kwargs: As ``LightningModule.load_from_checkpoint`` takes them. Objects beside weights are read only with
+            ``weights_only=False``: their code would run.
 
     Returns:
         A module of that class, converted, with the checkpoint's weights.
@@ -101,6 +104,9 @@ def load_from_checkpoint(module: Any, path: str | Path, **kwargs: Any) -> Any:
         raise CheckpointError(f"there is no file '{path}'; give a checkpoint that the Trainer wrote")
     if not hasattr(module, "load_from_checkpoint"):
         raise CheckpointError(f"{module!r} is no LightningModule class; for a plain network use dyncompress.load")
+    files.check(path)
+    if "weights_only" in signature(module.load_from_checkpoint).parameters:  # before Lightning 2.6 there is no choice
+        kwargs = {"weights_only": True, **kwargs}
     with _rebuilding(module, path):
         try:
             return module.load_from_checkpoint(path, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyncompress.cost import fits
 from dyncompress.errors import CheckpointError, PlanError
-from dyncompress.graph import as_call, bare, duplicate, parameter_shapes
+from dyncompress.graph import as_call, bare, duplicate, misfit, parameter_shapes
 from dyncompress.importance import best, importance
 from dyncompress.layers import Static, load_static
 from dyncompress.narrowing import cut, positions
@@ -39,11 +39,20 @@ class PlanTag(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse weights that were written under another plan."""
-        if bytes(state.cpu().numpy().tobytes()) != self.plan.to_json().encode():
+        found, own = bytes(state.cpu().numpy().tobytes()), self.plan.to_json()
+        if found != own.encode() and not _same(found, own):
             raise CheckpointError(
                 "the state dict was written by a network of another plan; rebuild it first, with dyncompress.load,"
                 " dyncompress.load_from_checkpoint or convert(net, the checkpoint's plan)"
             )
+
+
+def _same(text: bytes, own: str) -> bool:
+    """Whether two texts are one plan: one of an earlier version is written differently."""
+    try:
+        return Plan.from_json(text.decode()) == Plan.from_json(own)
+    except (PlanError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the plan in the state dict is damaged: {error}") from None
 
 
 def convert(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
@@ -107,7 +116,7 @@ def resolve(net: nn.Module, plan: Plan) -> Plan:
     """
     if plan_of(net) is not None:
         raise PlanError(f"{type(net).__name__} is converted already; convert the original network")
-    difference = fits(plan.graph, parameter_shapes(net))
+    difference = fits(plan.graph, parameter_shapes(net)) or misfit(net, plan.graph)
     if difference:
         raise PlanError(
             f"the plan was made for another network: {difference}; make one for this network with make_plan"
@@ -168,6 +177,8 @@ def plans_in(state: Mapping[str, Any]) -> dict[str, Plan]:
     for key, value in state.items():
         if not f".{key}".endswith(f".{_KEY}") or not isinstance(value, Tensor):
             continue
+        if value.dtype != torch.uint8:
+            raise CheckpointError(f"the plan in '{key}' is damaged: it is text as uint8, and here {value.dtype}")
         try:
             plan = Plan.from_json(bytes(value.cpu().numpy().tobytes()).decode())
         except (PlanError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ DynCompressError
 +-- CheckpointError      a checkpoint or bundle holds no plan, another plan, or cannot be read
 +-- ExportError          an exported file does not reproduce the network
 +-- RecipeError          a recipe is unreadable or names something that does not exist
++-- WriteError           a file can't be written; what was there before still is
 
 A message says what is wrong (with the value), what is allowed, and what to do.
 """
@@ -48,3 +49,27 @@ class ExportError(DynCompressError):
 
 class RecipeError(DynCompressError):
     """A recipe is unreadable or names something that does not exist."""
+
+
+class WriteError(DynCompressError, OSError):
+    """A file can't be written; what was there before still is."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as messages quote it: its repr, on one line and cut short where it is long.
+
+    Example:
+        >>> shown("a" * 1000, most=10)
+        "'aaaaaa..."
+    """
+    if isinstance(value, int) and value.bit_length() > 4 * most:  # its digits would take long, and more than 4300 raise
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        value = value[: most + 1]
+    elif isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > most:
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."

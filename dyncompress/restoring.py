@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from dyncompress import files
 from dyncompress.checkpoint import SHARDED, network_at, read_plan, stated_plan
 from dyncompress.conversion import plan_of, plans_in
-from dyncompress.errors import CheckpointError
+from dyncompress.errors import CheckpointError, DynCompressError
 from dyncompress.graph import bare
-from dyncompress.host import copy_holder, find_network
+from dyncompress.host import copy_holder, find_network, starts_processes
+from dyncompress.patch import Patch
 from dyncompress.plan import Plan
 from dyncompress.student import Student
 
@@ -68,12 +70,46 @@ def follow(
                 raise CheckpointError(_too_late(plan, _split_by(trainer)))
             if holder:
                 raise CheckpointError(_too_late(plan, f"{holder} has copied the module"))
+            if trainer.state.fn == "fit" and starts_processes(trainer):  # their weights come back to the module here
+                raise CheckpointError(_too_late(plan, f"{type(trainer.strategy).__name__} trains a copy of the module"))
             if known.plan is not None and known.original is None:
                 raise CheckpointError(_too_late(plan, "the original is gone"))
             known.convert(plan, seed)
 
 
-def refuse_other_plan(trainer: Any, module: nn.Module, path: Any, **_: Any) -> None:
+def careful_loading(trainer: Any, module: nn.Module) -> Patch:
+    """Have a Trainer refuse a file that is damaged or no checkpoint before anything of it is loaded, with the reason.
+
+    Args:
+        trainer: The Trainer; its strategy is patched.
+        module: What the checkpoint is for.
+    """
+
+    def load(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).is_file():
+            files.check(path)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            refuse_other_plan(trainer, module, path)
+        try:
+            checkpoint = patch.original(path, *args, **kwargs)
+        except DynCompressError:
+            raise
+        except Exception as error:  # whatever torch's reader meets in a file of any kind; chained
+            raise CheckpointError(
+                f"'{path}' can't be loaded ({type(error).__name__}: {error}); give a checkpoint that the Trainer wrote"
+            ) from error
+        if not isinstance(checkpoint, Mapping) or not {"state_dict", "pytorch-lightning_version"} & checkpoint.keys():
+            raise CheckpointError(
+                f"'{path}' is no checkpoint of a Trainer: it holds no module's state dict; give a checkpoint that the"
+                " Trainer wrote, or load plain weights into the module before training"
+            )
+        return checkpoint
+
+    patch = Patch(trainer.strategy, "load_checkpoint", load)
+    return patch
+
+
+def refuse_other_plan(trainer: Any, module: nn.Module, path: Any) -> None:
     """Raise when a strategy that splits the module before it loads is about to load other shapes into the pieces.
 
     It would fail in the middle of that, in no clear words.

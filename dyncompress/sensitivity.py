@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dyncompress import files
 from dyncompress.allocation import near
 from dyncompress.conversion import narrowed, plan_of
 from dyncompress.cost import static_choices, widths
@@ -227,9 +227,5 @@ class _File:
         self.scores[what] = value
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(
-            json.dumps({"schema": SCHEMA, "key": self.key, "scores": self.scores}, indent=1) + "\n", "utf-8"
-        )
-        part.replace(self.path)
+        content = {"schema": SCHEMA, "key": self.key, "scores": self.scores}
+        files.write_text(self.path, json.dumps(content, indent=1) + "\n")

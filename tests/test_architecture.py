@@ -10,13 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = """
-    errors
+    errors files typed
     layers.spec layers.method layers.execution layers.router layers.static layers.dynet layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
-    tracing cost importance marginal budget plan
+    tracing cost importance marginal budget planfile plan
     allocation knapsack selection conversion folding distillation latency evaluation taylor ranking sensitivity planning
     plotting allocator provenance arms report tracking bundle checkpoint
-    host student restoring patch inputs teaching callback
+    host student patch restoring inputs teaching callback
     recipe subject loggers runner cli __main__
 """.split()
 HOST = "callback"  # the first module that may know Lightning or W&B; those above it work on any torch network

@@ -76,22 +76,6 @@ def test_what_cannot_be_loaded_says_why(student, tmp_path):
         bundle.load(tmp_path / "pickled.pt", networks.ZeroPad())
 
 
-def test_a_failed_write_leaves_the_previous_bundle(student, tmp_path, monkeypatch):
-    net, _ = student
-    path = bundle.save(net, tmp_path / "s.safetensors")
-    before = path.read_bytes()
-
-    def half(*arguments, **_):
-        with open(arguments[1], "wb") as file:
-            file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(bundle, "save_model", half)
-    with pytest.raises(OSError, match="disk full"):
-        bundle.save(net, path)
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
 def test_exported_programs_take_any_batch(student, tmp_path):
     net, x = student
     path = bundle.export(net, tmp_path / "s.pt2", x)
