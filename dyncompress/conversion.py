@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncompress.cost import fits
-from dyncompress.errors import CheckpointError, PlanError
+from dyncompress.errors import CheckpointError, DynCompressError, PlanError
 from dyncompress.graph import as_call, bare, duplicate, misfit, parameter_shapes
 from dyncompress.importance import best, importance
 from dyncompress.layers import Static, load_static
@@ -199,13 +199,18 @@ def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
 
     Returns:
         Number of batches that were used.
+
+    Raises:
+        DynCompressError: If the statistics come out as NaN or infinite; the old ones are put back.
     """
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = {m: name for name, m in net.named_modules() if isinstance(m, kind) and m.track_running_stats}
     found = list(batches)
     if not norms or not found:
         return 0
     modes = {m: m.training for m in net.modules()}
     momenta = {m: m.momentum for m in norms}
+    before = {m: {name: value.clone() for name, value in m.named_buffers()} for m in norms}
     try:
         net.eval()
         for m in norms:
@@ -216,9 +221,25 @@ def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
             for batch in found:
                 args, kwargs = as_call(batch)
                 net(*args, **kwargs)
+            _check_statistics(norms, len(found))
+    except BaseException:
+        with torch.no_grad():
+            for m, old in before.items():
+                for name, value in old.items():
+                    m.get_buffer(name).copy_(value)
+        raise
     finally:
         for m, momentum in momenta.items():
             m.momentum = momentum
         for module, training in modes.items():
             module.training = training
     return len(found)
+
+
+def _check_statistics(norms: Mapping[nn.Module, str], count: int) -> None:
+    for m, name in norms.items():
+        if not all(value.isfinite().all() for value in m.buffers()):
+            raise DynCompressError(
+                f"on these {count} batches the statistics of BatchNorm '{name}' are not finite; the numbers in the data"
+                " and in the weights must be: look for NaN and infinity in both"
+            )

@@ -93,17 +93,13 @@ class CostModel:
         # that it depends on.
         self._widths = [_widths_of(graph, members) for members in self.sets]
         self._known: list[dict[Any, _Cost]] = [{} for _ in self.sets]
-        self._parameters = [
+        replaced = {f"{op.module}.{kind}" for op in graph.convs for kind in ("weight", "bias")}  # by a method's layer,
+        self._parameters = [  # whose own formula counts them
             (math.prod(s for d, s in enumerate(shape) if f"{name}:{d}" not in graph.axes), extents)
             for name, shape in graph.parameters.items()
-            if name not in self._replaced
+            if name not in replaced
             for extents in [[_extent(graph, f"{name}:{d}") for d in range(len(shape)) if f"{name}:{d}" in graph.axes]]
         ]
-
-    @property
-    def _replaced(self) -> set[str]:
-        """Weights and biases that a method's layer replaces (its own formula counts them)."""
-        return {f"{op.module}.{kind}" for op in self.graph.convs for kind in ("weight", "bias")}
 
     def site(self, op: Operation, keep: Sequence[int]) -> ConvSite:
         """A convolution at the widths of a plan."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dyncompress.layers import ConvSpec
-from dyncompress.narrowing import Runs
+from dyncompress.narrowing import Runs, length
 
 Extent = tuple[int, tuple[tuple[int, int], ...]]
 """Size of an axis as a function of the widths: fixed channels + sum over (group, channels per kept one)."""
@@ -163,13 +163,56 @@ def parameter_shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in net.named_parameters()}
 
 
+def misfit(net: nn.Module, graph: ConvGraph) -> str:
+    """The first place where a network is not what a graph says of it, beside its parameters; '' where there is none.
+
+    A plan may be a file from anywhere: it changes no attribute but a number of channels, and that only from the number
+    that it expects there.
+    """
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    modules = dict(net.named_modules(remove_duplicate=False))
+    for op in graph.operations:
+        module = modules.get(op.module)
+        if op.kind.startswith("conv") and module is None:
+            return f"the network has no module '{op.module}'"
+        if op.spec is not None:
+            found = ConvSpec.of(module) if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) else None  # type: ignore[arg-type]
+            if found != op.spec:
+                return f"'{op.module}' is {found or type(module).__name__}, the plan expects {op.spec}"
+    for key, runs in graph.axes.items():
+        name, _, dim = key.rpartition(":")
+        shape = tuple(tensors[name].shape) if name in tensors else ()
+        if not int(dim) < len(shape) or shape[int(dim)] != length(runs):
+            return f"'{name}' has shape {shape}, the plan expects {length(runs)} channels in dimension {dim}"
+    for key, runs in graph.counts.items():
+        path, attribute, *at = key.split(":")
+        value = vars(modules[path]).get(attribute) if path in modules else None
+        if at and isinstance(value, (tuple, list)):
+            value = value[int(at[0])] if int(at[0]) < len(value) else None
+        elif at:
+            value = None
+        if type(value) is not int or value != length(runs):
+            return f"attribute '{attribute}' of '{path}' counts no channels, of which the plan expects {length(runs)}"
+    seam = next((name for name in graph.seams if name not in modules), None)
+    return "" if seam is None else f"the network has no module '{seam}'"
+
+
 def extent(runs: Runs) -> Extent:
     """Size of an axis as fixed channels and channels per kept channel of each group."""
     fixed = sum(count for group, _, count, _ in runs if group < 0)
     totals: dict[int, int] = defaultdict(int)
-    seen: dict[int, set[int]] = defaultdict(set)
+    spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for group, start, count, repeat in runs:
         if group >= 0:
             totals[group] += count * repeat
-            seen[group].update(range(start, start + count))
-    return fixed, tuple((group, totals[group] // len(seen[group])) for group in totals)
+            spans[group].append((start, start + count))
+    return fixed, tuple((group, totals[group] // _covered(spans[group])) for group in totals)
+
+
+def _covered(spans: list[tuple[int, int]]) -> int:
+    """How many channels lie in one of the spans, from start up to end; none of them is counted out."""
+    covered, reached = 0, 0
+    for start, end in sorted(spans):
+        covered += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from dyncompress import files
 from dyncompress.budget import UNITS, Budget, Limit, readable
 from dyncompress.cost import Choice, CostModel, narrow_spec, operation_macs, static_choices, widths
-from dyncompress.errors import DynCompressError, PlanError
-from dyncompress.graph import ConvGraph, Group, Operation
-from dyncompress.layers import ConvSpec, Static, get_method
-
-SCHEMA = 2
-Keep = int | tuple[int, ...]
+from dyncompress.errors import DynCompressError, PlanError, shown
+from dyncompress.graph import ConvGraph, Operation
+from dyncompress.layers import Static, get_method
+from dyncompress.planfile import AGAIN, LONGEST, SCHEMA, Document, Keep, kept, network_entry, ranges
+from dyncompress.typed import MOST
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,15 @@ class Plan:
     def table(self) -> Table:
         """The plan as a table for a terminal."""
         table = Table(
-            title=f"{self.method} at {self.target}: {readable(self.macs_after)} of {readable(self.macs_before)} MACs"
-            f" ({self.ratio:.2%}), {readable(self.params_after)} of {readable(self.params_before)} parameters"
-            f" ({self.params_ratio:.2%})",
-            caption=f"{self._told()}widths: {self.allocation}, channels by {self.importance};"
-            f" MACs of one image, kernel assembly and routers included{self._left_out()}",
+            title=escape(
+                f"{self.method} at {self.target}: {readable(self.macs_after)} of {readable(self.macs_before)} MACs"
+                f" ({self.ratio:.2%}), {readable(self.params_after)} of {readable(self.params_before)} parameters"
+                f" ({self.params_ratio:.2%})"
+            ),
+            caption=escape(
+                f"{self._told()}widths: {self.allocation}, channels by {self.importance};"
+                f" MACs of one image, kernel assembly and routers included{self._left_out()}"
+            ),
             title_style="bold",
         )
         for column, justify in (("layer", "left"), ("in", "right"), ("out", "right"), ("method", "left"),
@@ -186,13 +191,13 @@ class Plan:
             table.add_column(column, justify=justify, overflow="fold" if column == "why" else "ellipsis")  # type: ignore[arg-type]
         for row in self.layers:
             table.add_row(
-                row.name,
+                escape(row.name),
                 _change(row.in_before, row.in_after),
                 _change(row.out_before, row.out_after),
-                row.method,
+                escape(row.method),
                 f"{readable(row.macs_before)} > {readable(row.macs_after)}",
                 f"{row.macs_after / max(row.macs_before, 1):.0%}",
-                row.reason,
+                escape(row.reason),
             )
         return table
 
@@ -229,7 +234,7 @@ class Plan:
                 "asked": {limit.text: [round(a, 6), round(b, 6)] for limit, a, b in self.asked},
             },
             "groups": [
-                {"name": g.name, "channels": g.channels, "keep": k if isinstance(k, int) else _ranges(k)}
+                {"name": g.name, "channels": g.channels, "keep": k if isinstance(k, int) else ranges(k)}
                 for g, k in zip(self.graph.groups, self.keep, strict=True)
             ],
             "layers": [
@@ -244,7 +249,7 @@ class Plan:
                 }
                 for c in self.choices
             ],
-            "network": {"fingerprint": self.fingerprint, **_graph_to_dict(self.graph)},
+            "network": network_entry(self.graph),
         }
         return json.dumps(data, indent=1)
 
@@ -255,45 +260,43 @@ class Plan:
         Raises:
             PlanError: If the text is no plan, of another schema, or asks for what the network can't do.
         """
+        file = Document.read(text)
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"the plan is no JSON ({error}); write one with `dyncompress plan` or Plan.save") from None
-        if not isinstance(data, dict) or "schema" not in data:
-            raise PlanError("the JSON is no plan (it has no 'schema'); write one with `dyncompress plan` or Plan.save")
-        if data["schema"] != SCHEMA:
-            raise PlanError(
-                f"the plan has schema {data['schema']!r}, this version reads {SCHEMA};"
-                " make it again with `dyncompress plan`"
-            )
-        try:
-            graph = _graph_from_dict(data["network"])
-            keep = tuple(_keep(g, entry) for g, entry in zip(graph.groups, data["groups"], strict=True))
-            choices = tuple(
-                Choice(e["name"], get_method(e["method"], **e["options"]), e["share"], e["reason"])
-                for e in data["layers"]
-            )
-            Budget.parse(data["target"])
-            known = [op.module for op in graph.convs]
-            if [c.name for c in choices] != known:
-                raise PlanError(f"the plan's layers are {[c.name for c in choices]}; the network's are {known}")
-            plan = cls(
-                graph, keep, choices, data["method"], data["options"], data["target"], data["allocation"],
-                data.get("importance", "magnitude"),  # the only one there was when plans did not name it
-            )  # fmt: skip
-            asked = data["summary"]["macs"][1]
-            return plan if plan.macs_after == asked else dataclasses.replace(plan, allocation="edited")
+            return cls._from(file)
         except DynCompressError as error:
             raise PlanError(f"the plan can't be read: {error}") from None
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise PlanError(
-                f"the plan is malformed ({type(error).__name__}: {error}); make it again with `dyncompress plan`"
-                " and edit only 'keep', 'method' and 'options'"
-            ) from None
+        except (TypeError, ValueError, OverflowError) as error:  # of a registered method's options
+            raise PlanError(f"the plan is malformed ({type(error).__name__}: {error}); {AGAIN}") from None
+
+    @classmethod
+    def _from(cls, file: Document) -> Plan:
+        graph = file.network.graph()
+        Budget.parse(file.target)
+        get_method(file.method, **file.options)
+        known = [op.module for op in graph.convs]
+        if [entry.name for entry in file.layers] != known:
+            raise PlanError(f"its layers are {shown([e.name for e in file.layers])}; the network's are {shown(known)}")
+        choices = tuple(Choice(e.name, get_method(e.method, **e.options), e.share, e.reason) for e in file.layers)
+        keep = kept(graph.groups, file.groups)
+        plan = cls(graph, keep, choices, file.method, file.options, file.target, file.allocation, file.importance)
+        numbers = {"macs": [plan.macs_before, plan.macs_after], "params": [plan.params_before, plan.params_after]}
+        for what, (before, after) in numbers.items():
+            if not (0 < before <= MOST and 0 < after <= MOST):
+                raise PlanError(
+                    f"its network has {shown(before)} {UNITS[what]}, and {shown(after)} at its widths; a network has 1"
+                    f" to 2**62: {AGAIN}"
+                )
+        # a file that was edited tells other numbers than those that follow from it
+        edited = numbers["macs"] != file.summary.get("macs")
+        return dataclasses.replace(plan, allocation="edited") if edited else plan
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json())
+        """Write the plan as JSON; an existing file is replaced in one step, or not at all.
+
+        Raises:
+            WriteError: If the file can't be written.
+        """
+        files.write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -305,63 +308,15 @@ class Plan:
         path = Path(path)
         if not path.is_file():
             raise PlanError(f"there is no plan at '{path}'; write one with `dyncompress plan RECIPE --out {path}`")
-        return cls.from_json(path.read_text())
+        if path.stat().st_size > LONGEST:
+            raise PlanError(f"'{path}' has {path.stat().st_size} bytes; a plan has at most {LONGEST}: {AGAIN}")
+        try:
+            return cls.from_json(path.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise PlanError(
+                f"'{path}' is no text ({error}); write a plan with `dyncompress plan` or Plan.save"
+            ) from None
 
 
 def _change(before: int, after: int) -> str:
     return str(before) if before == after else f"{before} > {after}"
-
-
-def _ranges(kept: Sequence[int]) -> str:
-    """Channel numbers as text: (0, 1, 2, 5) is '0-2,5'."""
-    parts: list[list[int]] = []
-    for c in kept:
-        if parts and parts[-1][1] == c - 1:
-            parts[-1][1] = c
-        else:
-            parts.append([c, c])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def _keep(group: Group, entry: dict[str, Any]) -> Keep:
-    keep = entry["keep"]
-    if isinstance(keep, str):
-        spans = [part.split("-") for part in keep.split(",")]
-        limits = [(int(span[0]), int(span[-1])) for span in spans]
-        if any(not 0 <= a <= b < group.channels for a, b in limits):
-            raise PlanError(f"group '{group.name}' keeps channels {keep!r}; it has 0 to {group.channels - 1}")
-        return tuple(sorted({c for a, b in limits for c in range(a, b + 1)}))
-    if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= group.channels:
-        raise PlanError(f"group '{group.name}' keeps {keep!r} channels; keep 1 to {group.channels}")
-    return keep
-
-
-def _graph_to_dict(graph: ConvGraph) -> dict[str, Any]:
-    """The graph in plain types, one line's worth per entry."""
-    return {
-        "operations": [dataclasses.asdict(op) for op in graph.operations],
-        "groups": [[g.name, g.channels] for g in graph.groups],
-        "axes": graph.axes,
-        "seams": graph.seams,
-        "counts": graph.counts,
-        "unseen": graph.unseen,
-        "rescaled": graph.rescaled,
-        "parameters": graph.parameters,
-    }
-
-
-def _graph_from_dict(data: dict[str, Any]) -> ConvGraph:
-    def tuples(value: Any) -> Any:
-        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
-
-    operations = []
-    for entry in data["operations"]:
-        fields = {k: tuples(v) for k, v in entry.items()}
-        if entry["spec"] is not None:
-            fields["spec"] = ConvSpec(**{k: tuples(v) for k, v in entry["spec"].items()})
-        operations.append(Operation(**fields))
-    named: Any = {
-        part: {k: tuples(v) for k, v in data[part].items()} for part in ("axes", "seams", "parameters", "counts")
-    }
-    notes: Any = {part: tuple(data[part]) for part in ("unseen", "rescaled")}
-    return ConvGraph(tuple(operations), tuple(Group(*g) for g in data["groups"]), **named, **notes)

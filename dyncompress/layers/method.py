@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from dyncompress.errors import DynCompressError, UnknownMethodError
+from dyncompress.errors import DynCompressError, UnknownMethodError, shown
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 
 __all__ = ["DynamicConv", "Method", "get_method", "list_methods", "register_method"]
@@ -163,7 +163,7 @@ def list_methods() -> list[str]:
     return sorted(_METHODS)
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, /, **options: Any) -> Method:
     """A method by its name.
 
     Args:
@@ -178,20 +178,22 @@ def get_method(name: str, **options: Any) -> Method:
         >>> get_method("dynet", g=6).macs([ConvSite("c", ConvSpec(8, 8, (3, 3)), 64)])[0].kernels
         3456
     """
-    if name not in _METHODS:
-        raise UnknownMethodError(f"no method {name!r}; known: {', '.join(list_methods())}{_nearest(name, _METHODS)}")
+    if not isinstance(name, str) or name not in _METHODS:
+        raise UnknownMethodError(
+            f"no method {shown(name)}; known: {', '.join(list_methods())}{_nearest(name, _METHODS)}"
+        )
     method: Any = _METHODS[name]
     allowed = [field.name for field in dataclasses.fields(method)]
     for option in options:
         if option not in allowed:
             raise DynCompressError(
-                f"method {name!r} has no option {option!r}; its options: {', '.join(allowed) or 'none'}"
+                f"method {name!r} has no option {shown(option)}; its options: {', '.join(allowed) or 'none'}"
                 f"{_nearest(option, allowed)}"
             )
     configured: Method = method(**options)
     return configured
 
 
-def _nearest(word: str, words: Any) -> str:
-    match = difflib.get_close_matches(word, words, n=1)
+def _nearest(word: object, words: Any) -> str:
+    match = difflib.get_close_matches(str(word)[:100], words, n=1)
     return f"; did you mean {match[0]!r}?" if match else ": use one of those"
