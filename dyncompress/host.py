@@ -110,12 +110,32 @@ def refuse_spawned(trainer: Any) -> None:
     Raises:
         DynCompressError: Names the strategy and the way out.
     """
-    launcher = type(getattr(trainer.strategy, "launcher", None)).__name__
-    if launcher in ("_MultiProcessingLauncher", "_XLALauncher"):
+    if starts_processes(trainer):
         raise DynCompressError(
             f"{type(trainer.strategy).__name__} trains in processes that it starts from this one, and loads their"
             " weights into the module here, which would still have its original shapes; call"
             " callback.attach(model, example) before trainer.fit, or choose strategy='ddp'"
+        )
+
+
+def starts_processes(trainer: Any) -> bool:
+    """Whether the Trainer trains a copy of the module, in processes that were spawned or forked from the user's."""
+    launcher = type(getattr(trainer.strategy, "launcher", None)).__name__
+    return launcher in ("_MultiProcessingLauncher", "_XLALauncher")
+
+
+def refuse_split(network: nn.Module, name: str) -> None:
+    """Raise when the network's weights are spread over processes already, as FSDP and tensor parallelism do.
+
+    Raises:
+        DynCompressError: Names the first such parameter and the way out.
+    """
+    split = [key for key, parameter in network.named_parameters() if hasattr(parameter, "full_tensor")]
+    if split:
+        raise DynCompressError(
+            f"{len(split)} parameters of the network '{name}' are split over processes already, {split[0]} for one, and"
+            " only a whole network can be converted; build it in __init__ or setup, and leave to configure_model only"
+            " the splitting (fully_shard)"
         )
 
 
@@ -131,6 +151,12 @@ def refuse_copies(trainer: Any, module: nn.Module, asking: object) -> None:
             f"{holder} copied the module before DynCompress converted it, and would average networks of different"
             " shapes; list DynCompress before it in Trainer(callbacks=[...]), and build the network in __init__"
         )
+    holder = layer_holder(trainer, module)
+    if holder is not None:
+        raise DynCompressError(
+            f"{holder} has noted layers of the original network, which the compressed one does not have; list"
+            " DynCompress before it in Trainer(callbacks=[...]), and let it find the layers itself"
+        )
 
 
 def copy_holder(trainer: Any, module: nn.Module, asking: object) -> str | None:
@@ -140,6 +166,17 @@ def copy_holder(trainer: Any, module: nn.Module, asking: object) -> str | None:
             if isinstance(value, nn.Module) and value is not module:
                 if any(type(m) is type(module) and m is not module for m in value.modules()):
                     return type(callback).__name__
+    return None
+
+
+def layer_holder(trainer: Any, module: nn.Module) -> str | None:
+    """Name of a callback that has a list of (layer of the module, name of its weight), as pruning does."""
+    layers = set(module.modules())
+    for callback in trainer.callbacks:
+        for value in vars(callback).values():
+            pairs = [item for item in value if isinstance(item, tuple)] if isinstance(value, (list, tuple)) else []
+            if any(isinstance(part, nn.Module) and part in layers for pair in pairs for part in pair[:1]):
+                return type(callback).__name__
     return None
 
 

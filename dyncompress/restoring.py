@@ -13,7 +13,7 @@ from dyncompress.checkpoint import SHARDED, network_at, read_plan, stated_plan
 from dyncompress.conversion import plan_of, plans_in
 from dyncompress.errors import CheckpointError, DynCompressError
 from dyncompress.graph import bare
-from dyncompress.host import copy_holder, find_network, starts_processes
+from dyncompress.host import copy_holder, find_network, layer_holder, starts_processes
 from dyncompress.patch import Patch
 from dyncompress.plan import Plan
 from dyncompress.student import Student
@@ -70,6 +70,8 @@ def follow(
                 raise CheckpointError(_too_late(plan, _split_by(trainer)))
             if holder:
                 raise CheckpointError(_too_late(plan, f"{holder} has copied the module"))
+            if noted := layer_holder(trainer, module):
+                raise CheckpointError(_too_late(plan, f"{noted} has noted its layers"))
             if trainer.state.fn == "fit" and starts_processes(trainer):  # their weights come back to the module here
                 raise CheckpointError(_too_late(plan, f"{type(trainer.strategy).__name__} trains a copy of the module"))
             if known.plan is not None and known.original is None:
