@@ -73,12 +73,13 @@ def test_a_count_is_told_to_its_last_digit():
     assert str(Budget.parse(0.33)) == "0.33"
 
 
+def test_a_limit_as_a_number_and_as_a_share():
+    (share,), (number,) = Budget.parse("25%").limits, Budget.parse("500k").limits
+    assert (share.absolute(2_000_000), number.absolute(2_000_000)) == (500_000, 500_000)
+    assert (share.fraction(2_000_000), number.fraction(2_000_000)) == (0.25, 0.25)
+
+
 def test_readable_counts():
-    assert [readable(n) for n in (7, 999, 1000, 40_813_184, 999_999, 1.2e9)] == [
-        "7",
-        "999",
-        "1k",
-        "40.8M",
-        "1M",
-        "1.2G",
-    ]
+    told = {7: "7", 999: "999", 1000: "1k", 40_813_184: "40.8M", 999_999: "1M", 1.2e9: "1.2G", 3e12: "3T", 999.5: "1k"}
+    assert {count: readable(count) for count in told} == told
+    assert [readable(n) for n in (10**6, 10**9, 10**12)] == ["1M", "1G", "1T"]

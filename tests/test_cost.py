@@ -9,7 +9,7 @@ from torch import nn
 
 import networks
 from dyncompress.conversion import convert
-from dyncompress.cost import CostModel, count_params, measure_macs, static_choices, widths
+from dyncompress.cost import CostModel, count_params, fits, measure_macs, static_choices, widths
 from dyncompress.layers import Static
 from dyncompress.planning import make_plan
 from dyncompress.tracing import trace
@@ -62,6 +62,48 @@ def test_a_search_pays_only_for_the_layers_that_a_step_changes(monkeypatch):
     assert model.macs(keep) == 16 * (3 * 8 + 7 * 8 * 8 + 2 * 5 * 8)
     assert model.params(keep) == 3 * 8 + 7 * 8 * 8 + 2 * 5 * 8
     assert seen == ["4", "5"]  # what writes these channels, and what reads them
+
+
+def test_a_network_is_counted_as_it_is_called():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x, *, twice=False):
+            return self.conv(x) + self.conv(x) if twice else self.conv(x)
+
+    x = torch.zeros(1, 3, 5, 5)
+    found = [measure_macs(Scaled(), example) for example in (x, {"x": x, "twice": True})]
+    assert found == [3 * 4 * 25, 2 * 3 * 4 * 25]
+    assert all(type(macs) is int for macs in found)
+
+
+def test_a_layer_that_runs_at_two_sizes_pays_for_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.conv(x).mean((2, 3)) + self.conv(x[:, :, ::2, ::2]).mean((2, 3))
+
+    graph = trace(Twice(), torch.zeros(1, 3, 8, 8))
+    cost = CostModel(graph, static_choices(graph, Static())).layers(widths(graph))["conv"][0]
+    assert cost.total == 8 * 8 * 9 * (64 + 16)
+
+
+def test_the_first_difference_between_a_plan_and_a_network():
+    graph = trace(nn.Sequential(nn.Conv2d(3, 8, 1)), torch.zeros(1, 3, 4, 4))
+    shapes = {"0.weight": (8, 3, 1, 1), "0.bias": (8,)}
+    assert fits(graph, shapes) == ""
+    assert fits(graph, {"0.weight": (8, 3, 1, 1)}) == "the network has no parameter '0.bias'"
+    assert (
+        fits(graph, {**shapes, "0.weight": (8, 3, 3, 3)})
+        == "'0.weight' has shape (8, 3, 3, 3), the plan expects (8, 3, 1, 1)"
+    )
+    assert fits(graph, {**shapes, "1.bias": (4,)}) == "the plan knows no parameter '1.bias'"
 
 
 @pytest.mark.parametrize("method", ["static", "dynet"])
