@@ -41,6 +41,7 @@ from dyncompress.host import (
     overrides,
     refuse_copies,
     refuse_spawned,
+    refuse_split,
 )
 from dyncompress.inputs import example_of, placed, training_inputs
 from dyncompress.layers import get_method
@@ -269,6 +270,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         path, network = find_network(module, self.module)
         if plan_of(bare(network)) is None:
             if trainer is not None:
+                refuse_split(bare(network), path)
                 refuse_spawned(trainer)
                 refuse_copies(trainer, module, self)
             student = Student(path, network)
