@@ -35,7 +35,8 @@ def evaluate(net: nn.Module, loader: Iterable[Any], *, device: torch.device | st
         Accuracy in [0, 1]. Training flags, device and random generators are left as they were.
 
     Raises:
-        DynCompressError: If the loader is empty or yields something else, or logits and labels do not fit.
+        DynCompressError: If the loader is empty or yields something else, logits and labels do not fit, or a logit
+            is NaN.
 
     Example:
         >>> net = nn.Linear(2, 2, bias=False)
@@ -135,6 +136,12 @@ def _check_fit(logits: Tensor, labels: Tensor) -> None:
         raise DynCompressError(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)} - logits {tuple(logits.shape)} need "
             f"integer class numbers of shape {tuple(expected)} - check the data set"
+        )
+    if logits.isnan().any():  # argmax would take it for the largest, and so for an answer
+        broken = int(logits.isnan().flatten(1).any(dim=1).sum())
+        raise DynCompressError(
+            f"the network gives NaN for {broken} of {logits.shape[0]} inputs of a batch - accuracy needs numbers - "
+            "look for NaN in the data and in the weights, or evaluate in a precision with a wider range"
         )
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise DynCompressError(

@@ -14,6 +14,8 @@ from dyncompress.layers.execution import full_precision
 
 __all__ = ["Handover", "RouterLinear", "Squeeze"]
 
+_LIMIT = 1e18  # of a feature: two linear layers of any sensible width and weight stay below 1e38
+
 
 class RouterLinear(nn.Linear):
     """A linear layer that computes in fp32 at least, whatever its parameters' dtype and autocast say."""
@@ -41,6 +43,9 @@ class Squeeze(nn.Module):
         """Input [B, channels, *size] -> [B, hidden or channels] in fp32 (fp64 for fp64)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean = x.mean(dim=tuple(range(2, x.ndim)), dtype=dtype)
+        # A sum that overflows, or a broken pixel, would break the kernel and with it the whole image; a static
+        # convolution breaks only what it touches. In a sigmoid nothing above the limit counts.
+        mean = mean.nan_to_num(0.0, _LIMIT, -_LIMIT).clamp(-_LIMIT, _LIMIT)
         return mean if self.reduce is None else F.relu(self.reduce(mean))
 
 
