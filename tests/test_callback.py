@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from torch import Tensor
 
-from dyncompress import DistillConfig, DynCompress, make_plan
+from dyncompress import DynCompress, make_plan
 from dyncompress.conversion import convert, narrowed, plan_of
 from dyncompress.layers import DynamicConv
 from tests.classifiers import classifier, equal, fit, loader, trainer, weights
+from tests.newer import EMAWeightAveraging, averages
 
-PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 Classifier = classifier()
 Classifier.__module__ = __name__  # pickle finds a class by its name
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
 
-# ---- the one line ------------------------------------------------------------------------------------------------
-
-
-def script(package: str, extra: list[Any]) -> tuple[Any, Any]:
-    """Somebody's training script. It knows nothing of compression, and is not edited."""
-    module = classifier(package)()
-    host = import_module(package).Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=extra,
-    )
-    host.fit(module, loader(), loader(1))
-    return module, host
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_one_more_callback_compresses_somebodys_training(package: str, capsys: pytest.CaptureFixture[str]) -> None:
-    plain, before = script(package, [])
-    capsys.readouterr()
-    module, host = script(package, [DynCompress(target="50%")])  # the one line
-
-    assert {"train_loss", "val_loss"} <= before.callback_metrics.keys()
-    assert host.callback_metrics.keys() == before.callback_metrics.keys() | {"distill/loss"}
-    assert host.callback_metrics["distill/loss"] > 0
-    assert sum(isinstance(m, DynamicConv) for m in module.modules()) == 2  # the first convolution reads the input
-    assert plan_of(plain) is None
-    plan = plan_of(module)
-    assert plan is not None
-    assert 0.49 <= plan.ratio <= 0.505
-    assert "asked 50%, reached 49.21% of the MACs (618k > 304k)" in capsys.readouterr().out
-    assert isinstance(host.callbacks[0], tuple(import_module(f"{p}.callbacks").Callback for p in PACKAGES))
+# ---- conversion --------------------------------------------------------------------------------------------------
 
 
 def test_it_converts_as_make_plan_and_convert_do() -> None:
@@ -200,11 +161,12 @@ def test_without_distillation_there_is_no_teacher() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*You're using the WeightAveraging callback")
-def test_averaging_after_us_averages_the_student() -> None:
-    for averaging in (EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)):
-        module = Classifier()
-        fit(module, DynCompress("50%"), averaging, max_epochs=2)
-        assert plan_of(module) is not None
+@pytest.mark.parametrize("averaging", [pytest.param("ema", marks=averages), "swa"])
+def test_averaging_after_us_averages_the_student(averaging: str) -> None:
+    module = Classifier()
+    last = EMAWeightAveraging() if averaging == "ema" else StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    fit(module, DynCompress("50%"), last, max_epochs=2)
+    assert plan_of(module) is not None
 
 
 def test_the_learning_rate_finder_sweeps_with_the_teacher(tmp_path: Path) -> None:
@@ -226,36 +188,3 @@ def test_the_learning_rate_finder_sweeps_with_the_teacher(tmp_path: Path) -> Non
     host.fit(Classifier(), loader(8), loader(1))
     assert len(sweep) == 4
     assert len(taught) == 4 + 8
-
-
-# ---- configuration files -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_lightning_cli_takes_it_from_yaml(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {
-        "seed_everything": 1,
-        "trainer": {
-            "accelerator": "cpu",
-            "logger": False,
-            "callbacks": [
-                {
-                    "class_path": "dyncompress.DynCompress",
-                    "init_args": {
-                        "target": "50%",
-                        "options": {"g": 2},
-                        "distill": {"alpha": 0.5, "features": {"bn2": 10.0}},
-                        "ignore": ["linear"],
-                        "teacher": "teacher.ckpt",
-                    },
-                }
-            ],
-        },
-        "model": {"width": 8},
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(config))
-    monkeypatch.setattr("sys.argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
-    cli = import_module(f"{package}.cli").LightningCLI(classifier(package), run=False, save_config_callback=None)
-    callback = next(c for c in cli.trainer.callbacks if isinstance(c, DynCompress))
-    assert (callback.target, callback.options, callback.teacher) == ("50%", {"g": 2}, "teacher.ckpt")
-    assert callback.distill == DistillConfig(alpha=0.5, features={"bn2": 10.0})

@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 
 from dyncompress import DistillConfig, DynCompress, DynCompressError, make_plan
@@ -26,6 +23,7 @@ from dyncompress.errors import (
     UnknownMethodError,
 )
 from tests.classifiers import BATCH, CLASSES, Net, classifier, equal, fit, loader, trainer, weights
+from tests.newer import EMAWeightAveraging, averages
 
 Classifier = classifier()
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -117,11 +115,12 @@ def test_an_optimizer_that_was_made_in_init_is_refused() -> None:
     untouched(Early(), DynCompress(0.5), PlanError, "made in __init__ holds the original's: make it in configure_opt")
 
 
-@pytest.mark.parametrize("averaging", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.01)])
-def test_averaging_before_us_is_refused(averaging: Any) -> None:
+@pytest.mark.parametrize("averaging", [pytest.param("ema", marks=averages), "swa"])
+def test_averaging_before_us_is_refused(averaging: str) -> None:
     module = Classifier()
-    host = trainer(callbacks=[averaging, DynCompress(0.5)])
-    with pytest.raises(DynCompressError, match=f"{type(averaging).__name__} copied the module before DynCompress"):
+    first = EMAWeightAveraging() if averaging == "ema" else StochasticWeightAveraging(swa_lrs=0.01)
+    host = trainer(callbacks=[first, DynCompress(0.5)])
+    with pytest.raises(DynCompressError, match=f"{type(first).__name__} copied the module before DynCompress"):
         host.fit(module, loader(), loader(1))
     assert plan_of(module) is None
 

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dyncompress.callback import DynCompress
 from dyncompress.checkpoint import read_plan
@@ -21,6 +21,7 @@ from dyncompress.conversion import plan_of
 from dyncompress.errors import CheckpointError, DistillationError, PlanError
 from dyncompress.layers import DynamicConv
 from tests.classifiers import classifier, equal, fit, loader, trainer, weights
+from tests.newer import EMAWeightAveraging, averages
 
 Classifier = classifier()
 
@@ -198,6 +199,7 @@ def test_the_checkpoints_plan_wins_over_the_target(saved: Path, capsys: pytest.C
     assert trained == {id(p) for p in module.parameters()}
 
 
+@averages
 @pytest.mark.filterwarnings("ignore:.*You're using the WeightAveraging callback")
 def test_averaging_resumes_with_the_same_plan_and_refuses_another(saved: Path, tmp_path: Path) -> None:
     averaged = fit(fresh(), DynCompress("50%"), EMAWeightAveraging())
