@@ -213,7 +213,10 @@ def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
     modes = {m: m.training for m in net.modules()}
     momenta = {m: m.momentum for m in norms}
     before = {m: {name: value.clone() for name, value in m.named_buffers()} for m in norms}
+    compiled = {m: vars(m)["_compiled_call_impl"] for m in net.modules() if vars(m).get("_compiled_call_impl")}
     try:
+        for m in compiled:
+            m._compiled_call_impl = None  # compiling for these modes takes longer than a few batches without
         net.eval()
         for m in norms:
             m.reset_running_stats()
@@ -231,6 +234,8 @@ def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
                     m.get_buffer(name).copy_(value)
         raise
     finally:
+        for m, call in compiled.items():
+            m._compiled_call_impl = call
         for m, momentum in momenta.items():
             m.momentum = momentum
         for module, training in modes.items():

@@ -27,6 +27,7 @@ from dyncompress.distillation import (
 )
 from dyncompress.errors import DistillationError
 from dyncompress.graph import bare
+from dyncompress.host import CONVOLUTIONS, has_convolutions
 from dyncompress.patch import Patch
 
 
@@ -198,6 +199,11 @@ class TaughtStep:
 
     def _complain(self, remedy: str) -> None:
         if any(p.requires_grad for p in self._network.parameters()):  # a frozen one has nothing to learn
+            children = self._module.named_children()
+            inner = (n for n, c in children if has_convolutions(c) and not isinstance(c, CONVOLUTIONS))
+            part = next(inner, None)
+            if self._network is self._module and part:  # all of it runs in validation_step, and a part in training_step
+                remedy += f"; where only a part of it is trained here, name that part: module={part!r}"
             raise DistillationError(
                 f"training_step of {type(self._module).__name__} gave a loss, but its network"
                 f" ({type(bare(self._network)).__name__}) did not run with gradients before it, so that nothing can be"

@@ -170,7 +170,7 @@ def test_a_network_may_answer_with_a_dict() -> None:
     assert difference(run(lit).gradients[0], run(Lit()).gradients[0]).abs().max() < 1e-6
 
 
-# ---- optimizers, precisions --------------------------------------------------------------------------------------
+# ---- optimizers --------------------------------------------------------------------------------------------------
 
 
 class Two(Lit):
@@ -215,14 +215,6 @@ def test_a_closure_that_runs_several_times_is_taught_every_time() -> None:
     teacher.network.register_forward_hook(lambda *_: calls.append(1))
     run(Closure(), teacher=teacher)
     assert len(calls) >= 3
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_the_teacher_takes_the_students_precision(precision: Any) -> None:
-    teach = run(Lit(), precision=precision, steps=2)
-    assert all(value > 0 for value in teach.logged)
-    dtype = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
-    assert teach.teacher.network.linear.weight.dtype == dtype
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
