@@ -278,8 +278,10 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             teacher = self._make_teacher(trainer, student)
             student.convert(plan, self.seed)
             self._student, self._teacher = student, teacher
-        elif self._student is None or self._student.network is not network:
+        elif self._student is None or self._student.inner is not bare(network):
             self._take_over(Student(path, network))
+        else:
+            self._student.network = network  # it may have been compiled since
         taught = any(isinstance(patch, TaughtStep) for patch in self._patches)
         if trainer is not None and self._teacher is not None and self.distill and not taught:
             self._patches.append(TaughtStep(module, network, self._teacher, self.distill))
