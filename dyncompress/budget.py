@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dyncompress.errors import BudgetError
+from dyncompress.errors import BudgetError, shown
 
 Target = str | float | Sequence[str | float]
 """A target as a person writes it: one limit, or several."""
@@ -24,11 +23,13 @@ QUANTITIES = {
     "latency": "latency",
 }
 UNITS = {"macs": "MACs", "params": "parameters", "latency": "batch-1 latency"}
+_MOST = 1e18  # MACs or parameters, or times the original: beyond what is counted exactly
 _SCALE = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _PATTERN = re.compile(
     r"\s*(?P<number>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<unit>%|[kmgbt])?\s*(?P<quantity>[a-z]+)?\s*",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,  # float() reads digits of every script; a person who reads the plan may not
 )
+_LONGEST = 60  # characters of one limit; beyond it the pattern takes its time
 _ALLOWED = (
     "write a fraction of the original (0.33 or '33%') or an absolute cost ('1.2G', '350M', '900k'), of MACs by default,"
     " of 'params' or 'latency' when named ('40% params', '60% latency'); several as '33%, 50% params'"
@@ -54,27 +55,35 @@ class Limit:
     @classmethod
     def parse(cls, target: str | float) -> Limit:
         """Read one limit; see `Budget.parse`."""
-        text = str(target).strip()
-        match = _PATTERN.fullmatch(text)
-        if isinstance(target, bool) or not isinstance(target, (str, int, float)) or match is None:
-            raise BudgetError(f"target {target!r} is unreadable; {_ALLOWED}")
+        match, text, asked = None, "", shown(target)
+        huge = isinstance(target, int) and abs(target) > 2 * _MOST
+        if (
+            isinstance(target, (str, int, float))
+            and not isinstance(target, bool)
+            and len(asked) <= _LONGEST
+            and not huge
+        ):
+            text = str(target).strip()
+            match = _PATTERN.fullmatch(text)
+        if match is None:
+            raise BudgetError(f"target {asked} is unreadable; {_ALLOWED}")
         number, unit = float(match["number"]), (match["unit"] or "").lower()
         quantity = QUANTITIES.get((match["quantity"] or "macs").lower())
         if quantity is None:
-            raise BudgetError(f"target {target!r} names '{match['quantity']}', which isn't a cost; {_ALLOWED}")
+            raise BudgetError(f"target {asked} names '{match['quantity']}', which isn't a cost; {_ALLOWED}")
         relative = unit == "%" or (unit == "" and number <= 1)
         value = number / 100 if unit == "%" else number * _SCALE[unit]
-        if not math.isfinite(value) or value <= 0:
-            raise BudgetError(f"target {target!r} must be positive; {_ALLOWED}")
+        if not 0 < value <= _MOST:
+            raise BudgetError(f"target {asked} must be positive, and at most {_MOST:.0e}; {_ALLOWED}")
         if relative and value > 1 and quantity == "macs":
             raise BudgetError(
-                f"target {target!r} is {value:.0%} of the original; a fraction of the MACs is at most 1 (100%)"
+                f"target {asked} is {value:.0%} of the original; a fraction of the MACs is at most 1 (100%)"
             )
         if not relative and unit == "" and value < 1000:
-            raise BudgetError(f"target {target!r} is above 1 as a fraction and has no unit; {_ALLOWED}")
+            raise BudgetError(f"target {asked} is above 1 as a fraction and has no unit; {_ALLOWED}")
         if quantity == "latency" and not relative:
             raise BudgetError(
-                f"target {target!r}: latency is asked as a fraction of the original's, such as '60% latency'"
+                f"target {asked}: latency is asked as a fraction of the original's, such as '60% latency'"
             )
         return cls(value, relative, quantity, text if isinstance(target, str) else f"{number:.15g}")
 
@@ -127,10 +136,10 @@ class Budget:
         limits = tuple(map(Limit.parse, parts)) if isinstance(parts, (list, tuple)) else (Limit.parse(parts),)  # type: ignore[arg-type]
         named = [limit.quantity for limit in limits]
         if not limits:
-            raise BudgetError(f"target {target!r} holds no limit; {_ALLOWED}")
+            raise BudgetError(f"target {shown(target)} holds no limit; {_ALLOWED}")
         for quantity in named:
             if named.count(quantity) > 1:
-                raise BudgetError(f"target {target!r} limits {UNITS[quantity]} twice; give one limit per quantity")
+                raise BudgetError(f"target {shown(target)} limits {UNITS[quantity]} twice; give one limit per quantity")
         return cls(limits)
 
     def limit(self, quantity: str) -> Limit | None:

@@ -31,7 +31,7 @@ from dyncompress.budget import Budget, Target, readable
 from dyncompress.checkpoint import load_weights, read_plan
 from dyncompress.conversion import plan_of, recalibrate, resolve
 from dyncompress.distillation import DistillConfig, Teacher, fingerprint
-from dyncompress.errors import DistillationError, DynCompressError, PlanError, TraceError
+from dyncompress.errors import DistillationError, DynCompressError, PlanError, TraceError, shown
 from dyncompress.graph import bare
 from dyncompress.host import (
     NotYetError,
@@ -44,7 +44,7 @@ from dyncompress.host import (
     refuse_split,
 )
 from dyncompress.inputs import example_of, placed, training_inputs
-from dyncompress.layers import get_method
+from dyncompress.layers import configured
 from dyncompress.patch import Patch
 from dyncompress.plan import Plan
 from dyncompress.planning import check_shares, make_plan
@@ -119,9 +119,17 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         if target is not None:
             Budget.parse(target)
         check_shares(allocation, importance, measured=False)
-        get_method(method, **(options or {}))
+        configured(method, options)
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
-            raise DynCompressError(f"recalibrate {recalibrate!r} is no number of batches; 8 is usual, 0 leaves it out")
+            raise DynCompressError(
+                f"recalibrate {shown(recalibrate)} is no number of batches; 8 is usual, 0 leaves it out"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise DynCompressError(f"seed {shown(seed)} is no number from 0 to 2**63 - 1; 0 is as good as any")
+        if not isinstance(distill, (bool, DistillConfig)):
+            raise DistillationError(
+                f"distill {shown(distill)} does not say how; give True, False, or DistillConfig(temperature=4.0)"
+            )
         self.target, self.method, self.options, self.plan = target, method, options, plan
         self.shape: dict[str, Any] = {
             "allocation": allocation, "importance": importance, "ignore": ignore, "static": static, "floors": floors

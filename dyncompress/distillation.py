@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyncompress.errors import DistillationError
+from dyncompress.errors import DistillationError, shown
 
 KINDS = ("logits", "mse")
+TEMPERATURES = (0.001, 10_000)
+"""Beyond, logits over it or its square are no numbers in fp32, or tell nothing apart."""
+_LARGEST = 1e30  # a weight; its product with a loss is a number in fp32
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,30 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if not (_is_number(self.alpha) and self.alpha >= 0):
-            raise DistillationError(f"alpha {self.alpha!r} is not a number from 0 on; 1.0 weighs both losses alike")
-        if not (_is_number(self.temperature) and self.temperature > 0):
-            raise DistillationError(f"temperature {self.temperature!r} is not a positive number; 1 to 10 is usual")
-        if self.kind not in KINDS:
-            raise DistillationError(f"kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+            raise DistillationError(
+                f"alpha {shown(self.alpha)} is not a number from 0 on; 1.0 weighs both losses alike"
+            )
+        low, high = TEMPERATURES
+        if not (_is_number(self.temperature) and low <= self.temperature <= high):
+            raise DistillationError(
+                f"temperature {shown(self.temperature)} is not a positive number from {low} to {high}; 1 to 10 is usual"
+            )
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise DistillationError(f"kind {shown(self.kind)} is unknown; choose one of {', '.join(KINDS)}")
         if not isinstance(self.features, Mapping):
             raise DistillationError(
-                f"features {self.features!r} is no mapping; give module names with a weight each, {{'layer3': 10.0}}"
+                f"features {shown(self.features)} is no mapping; give module names with a weight each, such as"
+                " {'layer3': 10.0}"
             )
         for name, weight in self.features.items():
+            if not isinstance(name, str):
+                raise DistillationError(f"features names {shown(name)}; a name is the text of a module's path")
             if not (_is_number(weight) and weight > 0):
-                raise DistillationError(f"features['{name}'] is {weight!r}; a weight is a positive number")
+                raise DistillationError(f"features[{shown(name)}] is {shown(weight)}; a weight is a positive number")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 # ---- losses ------------------------------------------------------------------------------------------------------
@@ -88,7 +98,7 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         DistillationError: If there are fewer than two classes: a softmax over one is constant.
 
     Example:
-        >>> logit_loss(torch.zeros(1, 2), torch.tensor([[0.0, math.log(3)]]), temperature=1.0)
+        >>> logit_loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0986]]), temperature=1.0)
         tensor(0.1308)
     """
     if student.dim() < 2 or student.shape[1] < 2:

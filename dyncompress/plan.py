@@ -275,7 +275,8 @@ class Plan:
         get_method(file.method, **file.options)
         known = [op.module for op in graph.convs]
         if [entry.name for entry in file.layers] != known:
-            raise PlanError(f"its layers are {shown([e.name for e in file.layers])}; the network's are {shown(known)}")
+            named = shown([entry.name for entry in file.layers])
+            raise PlanError(f"its layers are {named}; the network's are {shown(known)}: {AGAIN}")
         choices = tuple(Choice(e.name, get_method(e.method, **e.options), e.share, e.reason) for e in file.layers)
         keep = kept(graph.groups, file.groups)
         plan = cls(graph, keep, choices, file.method, file.options, file.target, file.allocation, file.importance)

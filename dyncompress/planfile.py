@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from dyncompress.errors import PlanError, shown
+from dyncompress.errors import DynCompressError, PlanError, shown
 from dyncompress.graph import ConvGraph, Group, Operation
 from dyncompress.narrowing import Runs, length
 from dyncompress.typed import MistypedError, typed
@@ -127,7 +127,7 @@ class Document:
             )
         try:
             document: Document = typed(cls, _current(data))
-        except MistypedError as error:
+        except (MistypedError, DynCompressError) as error:  # the latter of a convolution's shape
             raise PlanError(f"the plan is malformed: {error}; {AGAIN}") from None
         return document
 
@@ -275,9 +275,10 @@ def _keep(group: Group, keep: int | str) -> Keep:
         if not 1 <= keep <= group.channels:
             raise PlanError(f"group '{group.name}' keeps {keep} channels; keep 1 to {group.channels}")
         return keep
-    if not _SPANS.fullmatch(keep):
+    if len(keep) > 20 * group.channels + 20 or not _SPANS.fullmatch(keep):
         raise PlanError(
-            f"group '{group.name}' keeps {shown(keep)}; give a number of channels, or which as text, such as '0-7,12'"
+            f"group '{group.name}' keeps {shown(keep)}; give a number of channels, or which (each once) as text, such"
+            " as '0-7,12'"
         )
     spans = sorted((int(part.split("-")[0]), int(part.split("-")[-1])) for part in keep.split(","))
     if any(not 0 <= a <= b < group.channels for a, b in spans):

@@ -12,12 +12,12 @@ from dyncompress.allocation import Widths, affordable, by_importance, near, unif
 from dyncompress.budget import UNITS, Budget, Limit, Target, readable
 from dyncompress.conversion import convert
 from dyncompress.cost import Choice, CostModel, static_choices, widths
-from dyncompress.errors import BudgetError, PlanError
+from dyncompress.errors import BudgetError, PlanError, shown
 from dyncompress.evaluation import measure_latency
 from dyncompress.graph import ConvGraph, Operation, extent
 from dyncompress.importance import IMPORTANCES, best, importance
 from dyncompress.knapsack import allocate
-from dyncompress.layers import ConvSite, Method, Static, get_method
+from dyncompress.layers import ConvSite, Method, Static, configured
 from dyncompress.marginal import Terms
 from dyncompress.plan import Plan
 from dyncompress.ranking import Ranking, check, rank
@@ -210,17 +210,19 @@ def make_plan(
     """
     budget = Budget.parse(target)
     check_shares(allocation, importance)
+    if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
+        raise PlanError(
+            f"sensitivity {shown(sensitivity)} is no map of score drops; give what dyncompress.sensitivity.measure"
+            " returns"
+        )
     if (allocation == "sensitivity") != (sensitivity is not None):
         raise PlanError(
             f"allocation {allocation!r} is given with{'out' * (sensitivity is None)} a sensitivity map; 'sensitivity'"
             " needs one, from dyncompress.sensitivity.measure, and the others take none"
         )
-    if isinstance(min_width, bool) or not isinstance(min_width, int) or min_width < 1:
-        raise PlanError(
-            f"min_width {min_width!r} is not a positive integer; give the channels that a layer keeps at least"
-        )
-    if not 0 < tolerance < 1:
-        raise BudgetError(f"tolerance {tolerance!r} is not between 0 and 1; 0.01 lands within 1% of the target")
+    _check_width(min_width)
+    if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+        raise BudgetError(f"tolerance {shown(tolerance)} is not between 0 and 1; 0.01 lands within 1% of the target")
     check(importance, batches, loss)
     method, tracer = _method(method, options), Tracer(net, example)
     scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
@@ -246,6 +248,13 @@ def make_plan(
             return plan
 
 
+def _check_width(min_width: object) -> None:
+    if isinstance(min_width, bool) or not isinstance(min_width, int) or min_width < 1:
+        raise PlanError(
+            f"min_width {shown(min_width)} is not a positive integer; give the channels that a layer keeps at least"
+        )
+
+
 def check_shares(allocation: str, importance: str, *, measured: bool = True) -> None:
     """Raise unless there are such an allocation and importance.
 
@@ -261,8 +270,8 @@ def check_shares(allocation: str, importance: str, *, measured: bool = True) -> 
         ("allocation", allocation, ALLOCATIONS, "sensitivity"),
         ("importance", importance, IMPORTANCES, "taylor"),
     ):
-        if value not in known:
-            raise PlanError(f"{key} {value!r} is unknown; choose one of {', '.join(known)}")
+        if not isinstance(value, str) or value not in known:
+            raise PlanError(f"{key} {shown(value)} is unknown; choose one of {', '.join(known)}")
         if value == of_data and not measured:
             raise PlanError(
                 f"{key} {value!r} takes data, and none is there before training starts; make the plan with make_plan,"
@@ -283,16 +292,21 @@ def reachable(
     quantity: str = "macs",
 ) -> Reach:
     """The range of MACs, or of ``params``, that `make_plan` can land in, with the same arguments."""
+    if quantity not in ("macs", "params"):
+        raise PlanError(f"quantity {shown(quantity)} has no range; choose macs or params")
+    _check_width(min_width)
     graph = trace(net, example)
     problem = Problem(net, graph, _method(method, options), ignore, min_width, floors=floors, static=static)
     return problem.reach(quantity)
 
 
 def _method(method: str | Method, options: Mapping[str, Any] | None) -> Method:
-    if isinstance(method, str):
-        return get_method(method, **(options or {}))
+    if isinstance(method, type) or not isinstance(method, Method):
+        return configured(method, options)  # type: ignore[arg-type]  # what is no name is refused with the names
     if options:
-        raise PlanError(f"options {dict(options)} are given beside a configured method {method}; give its name instead")
+        raise PlanError(
+            f"options {shown(options)} are given beside a configured method {method}; give its name instead"
+        )
     return method
 
 

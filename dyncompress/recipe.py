@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from dyncompress.budget import Budget
 from dyncompress.distillation import DistillConfig
 from dyncompress.errors import RecipeError
-from dyncompress.layers import get_method
+from dyncompress.layers import configured
 from dyncompress.planning import check_shares
 
 
@@ -98,7 +98,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         Budget.parse(self.target)
-        get_method(self.method, **self.options)
+        configured(self.method, self.options)
         check_shares(self.allocation, self.importance)
         least = {"epochs": (self.epochs, 1), "baseline.epochs": (self.baseline.epochs, 1), "threads": (self.threads, 0),
                  "batches": (self.batches, 1)}  # fmt: skip

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dyncompress.cost import widths
-from dyncompress.errors import PlanError
+from dyncompress.errors import PlanError, shown
 from dyncompress.graph import ConvGraph, Extent, Operation, extent
 
 Patterns = Sequence[str | type]
@@ -32,11 +32,13 @@ def named(net: nn.Module, graph: ConvGraph, patterns: Patterns, argument: str) -
     """
     if isinstance(patterns, (str, type)):
         patterns = (patterns,)
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(p, (str, type)) for p in patterns):
+        raise PlanError(f"{argument} {shown(patterns)} are no names, globs or types of layers; give a list of them")
     names = list(dict.fromkeys(op.module for op in graph.operations if op.weight))
     types = {name: type(net.get_submodule(name)) for name in names}
     found: dict[str, str] = {}
     for pattern in patterns:
-        shown = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+        asked = pattern if isinstance(pattern, str) else pattern.__name__
         hits = [
             name
             for name in names
@@ -44,12 +46,12 @@ def named(net: nn.Module, graph: ConvGraph, patterns: Patterns, argument: str) -
             or (isinstance(pattern, str) and (fnmatchcase(name, pattern) or pattern == types[name].__name__))
         ]
         if not hits:
-            near = difflib.get_close_matches(shown, [*names, *{t.__name__ for t in types.values()}], n=3)
+            near = difflib.get_close_matches(asked[:100], [*names, *{t.__name__ for t in types.values()}], n=3)
             raise PlanError(
-                f"{argument} {shown!r} matches no layer; give a name, a glob such as 'layer1.*', or a type"
+                f"{argument} {shown(asked)} matches no layer; give a name, a glob such as 'layer1.*', or a type"
                 f" (near: {', '.join(near) or ', '.join(names[:3])})"
             )
-        found |= dict.fromkeys(hits, shown)
+        found |= dict.fromkeys(hits, asked)
     return found
 
 
@@ -74,14 +76,16 @@ def smallest(net: nn.Module, graph: ConvGraph, floors: Floors, min_width: int) -
     full = widths(graph)
     found = [min(min_width, max(1, c // 4)) for c in full]
     if not isinstance(floors, Mapping):
-        raise PlanError(f"floors {floors!r} are no mapping; give layers and widths, such as {{'layer4.*': 0.5}}")
+        raise PlanError(f"floors {shown(floors)} are no mapping; give layers and widths, such as {{'layer4.*': 0.5}}")
     for pattern, floor in floors.items():
         _check(pattern, floor)
         layers = named(net, graph, (pattern,), "floors")
         outputs = {op.module: _output(graph, op) for op in graph.operations if op.module in layers}
         widest = max(width for width, _ in outputs.values())
         if isinstance(floor, int) and floor > widest:
-            raise PlanError(f"floors {pattern!r}: {floor} channels, of layers that have {widest}; give 1 to {widest}")
+            raise PlanError(
+                f"floors {shown(pattern)}: {shown(floor)} channels, of layers that have {widest}; give 1 to {widest}"
+            )
         for width, (fixed, parts) in outputs.values():
             share = floor if isinstance(floor, float) else (min(floor, width) - fixed) / max(width - fixed, 1)
             for g, _ in parts:
@@ -102,6 +106,6 @@ def _check(pattern: str, floor: object) -> None:
     number = isinstance(floor, (int, float)) and not isinstance(floor, bool)
     if not number or not (floor >= 1 if isinstance(floor, int) else 0 < floor <= 1):  # type: ignore[operator]
         raise PlanError(
-            f"floors {pattern!r}: {floor!r} is no width; give channels as an integer from 1, or a share of them as"
-            " a float up to 1.0"
+            f"floors {shown(pattern)}: {shown(floor)} is no width; give channels as an integer from 1, or a share of"
+            " them as a float up to 1.0"
         )

@@ -6,7 +6,7 @@ Importing this package registers the methods of the library; others register wit
 from __future__ import annotations
 
 from dyncompress.layers.dynet import DyNet
-from dyncompress.layers.method import DynamicConv, Method, get_method, list_methods, register_method
+from dyncompress.layers.method import DynamicConv, Method, configured, get_method, list_methods, register_method
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 from dyncompress.layers.static import Static, load_static
 
@@ -18,6 +18,7 @@ __all__ = [
     "Macs",
     "Method",
     "Static",
+    "configured",
     "get_method",
     "list_methods",
     "load_static",

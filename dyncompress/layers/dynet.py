@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dyncompress.errors import DynCompressError
+from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.execution import dynamic_conv
 from dyncompress.layers.method import DynamicConv, Method, register_method
 from dyncompress.layers.router import Handover, RouterLinear, Squeeze
@@ -36,6 +36,7 @@ __all__ = ["DyNet", "DyNetConv"]
 
 # placement="auto" keeps kernel assembly, g / positions of the convolution, within this share.
 _ASSEMBLY_LIMIT = 16  # as 1 / 16
+_MOST_KERNELS = 1024  # per output channel; a bank of more is a slip of the pen
 # Initial logits of a warm start: far enough apart that the anchor carries the static kernel (sigmoid 0.88 and
 # 0.12), close enough to zero that the gradient of the sigmoid (0.1) still trains the router.
 _ANCHOR_LOGIT, _ATOM_LOGIT = 2.0, -2.0
@@ -72,16 +73,19 @@ class DyNet:
     placement: Literal["auto", "all"] = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.g, int) or self.g < 1:
-            raise DynCompressError(f"g {self.g!r} is no number of kernels: give 2 or more (1 leaves layers static)")
-        if self.router not in ("block", "layer"):
-            raise DynCompressError(f"router {self.router!r} is unknown: choose 'block' or 'layer'")
-        if not isinstance(self.reduction, int) or self.reduction < 0:
+        if type(self.g) is not int or not 1 <= self.g <= _MOST_KERNELS:
             raise DynCompressError(
-                f"reduction {self.reduction!r} is no divisor of channels: give one such as 4, or 0 for one linear layer"
+                f"g {shown(self.g)} is no number of kernels: give 2 to {_MOST_KERNELS} (1 leaves layers static)"
             )
-        if self.placement not in ("auto", "all"):
-            raise DynCompressError(f"placement {self.placement!r} is unknown: choose 'auto' or 'all'")
+        if not isinstance(self.router, str) or self.router not in ("block", "layer"):
+            raise DynCompressError(f"router {shown(self.router)} is unknown: choose 'block' or 'layer'")
+        if type(self.reduction) is not int or self.reduction < 0:
+            raise DynCompressError(
+                f"reduction {shown(self.reduction)} is no divisor of channels: give one such as 4, or 0 for one linear"
+                " layer"
+            )
+        if not isinstance(self.placement, str) or self.placement not in ("auto", "all"):
+            raise DynCompressError(f"placement {shown(self.placement)} is unknown: choose 'auto' or 'all'")
 
     @property
     def sharing(self) -> Literal["layer", "block"]:

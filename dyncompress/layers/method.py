@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dyncompress.errors import DynCompressError, UnknownMethodError, shown
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 
-__all__ = ["DynamicConv", "Method", "get_method", "list_methods", "register_method"]
+__all__ = ["DynamicConv", "Method", "configured", "get_method", "list_methods", "register_method"]
 
 
 @runtime_checkable
@@ -190,8 +190,21 @@ def get_method(name: str, /, **options: Any) -> Method:
                 f"method {name!r} has no option {shown(option)}; its options: {', '.join(allowed) or 'none'}"
                 f"{_nearest(option, allowed)}"
             )
-    configured: Method = method(**options)
-    return configured
+    made: Method = method(**options)
+    return made
+
+
+def configured(name: str, options: Mapping[str, Any] | None) -> Method:
+    """A method by its name and a mapping of its options; see `get_method`.
+
+    Raises:
+        UnknownMethodError: If no method has that name.
+        DynCompressError: If the options are no mapping, or not those of the method.
+    """
+    options = {} if options is None else options
+    if not isinstance(options, Mapping) or not all(isinstance(option, str) for option in options):
+        raise DynCompressError(f"options {shown(options)} are no mapping of names to values: give a dict, {{'g': 4}}")
+    return get_method(name, **options)
 
 
 def _nearest(word: object, words: Any) -> str:

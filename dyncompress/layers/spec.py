@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dyncompress.errors import DynCompressError
+from dyncompress.errors import DynCompressError, shown
 
 __all__ = ["ConvSite", "ConvSpec", "Macs"]
 
@@ -50,9 +50,10 @@ class ConvSpec:
     padding_mode: str = "zeros"
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.ndim not in (1, 2, 3):
             raise DynCompressError(
-                f"kernel_size {self.kernel_size} has {self.ndim} dimensions; 1, 2 or 3 are supported: "
+                f"kernel_size {shown(self.kernel_size)} has {self.ndim} dimensions; 1, 2 or 3 are supported: "
                 "leave this layer as it is"
             )
         if not self.stride:
@@ -65,12 +66,27 @@ class ConvSpec:
         self._check_channels()
         self._check_padding()
 
+    def _check_types(self) -> None:
+        for field in ("in_channels", "out_channels", "groups"):
+            if not _is_int(getattr(self, field)):
+                raise DynCompressError(f"{field} {shown(getattr(self, field))} is no integer: give at least 1")
+        for field in ("kernel_size", "stride", "padding", "dilation"):
+            sizes = getattr(self, field)
+            if not (isinstance(sizes, tuple) and all(map(_is_int, sizes))) and not (
+                field == "padding" and isinstance(sizes, str)
+            ):
+                raise DynCompressError(
+                    f"{field} {shown(sizes)} is no tuple of integers: give one per spatial dimension, such as (3, 3)"
+                )
+        if not isinstance(self.bias, bool):
+            raise DynCompressError(f"bias {shown(self.bias)} is neither True nor False: say whether there is one")
+
     def _check_sizes(self) -> None:
         for field in ("kernel_size", "stride", "dilation"):
             sizes = getattr(self, field)
             if len(sizes) != self.ndim or min(sizes) < 1:
                 raise DynCompressError(
-                    f"{field} {sizes} is not {self.ndim} positive integers: give one per spatial dimension"
+                    f"{field} {shown(sizes)} is not {self.ndim} positive integers: give one per spatial dimension"
                 )
 
     def _check_channels(self) -> None:
@@ -84,18 +100,18 @@ class ConvSpec:
                 )
 
     def _check_padding(self) -> None:
-        if self.padding_mode not in _PADDING_MODES:
+        if not isinstance(self.padding_mode, str) or self.padding_mode not in _PADDING_MODES:
             raise DynCompressError(
-                f"padding_mode {self.padding_mode!r} is unknown: choose one of {', '.join(_PADDING_MODES)}"
+                f"padding_mode {shown(self.padding_mode)} is unknown: choose one of {', '.join(_PADDING_MODES)}"
             )
         if isinstance(self.padding, str):
             if self.padding not in _PADDING_NAMES:
-                raise DynCompressError(f"padding {self.padding!r} is unknown: give integers, 'same' or 'valid'")
+                raise DynCompressError(f"padding {shown(self.padding)} is unknown: give integers, 'same' or 'valid'")
             if self.padding == "same" and max(self.stride) > 1:
                 raise DynCompressError(f"padding 'same' cannot hold with stride {self.stride}: give integers")
         elif len(self.padding) != self.ndim or min(self.padding) < 0:
             raise DynCompressError(
-                f"padding {self.padding} is not {self.ndim} integers >= 0: give one per spatial dimension"
+                f"padding {shown(self.padding)} is not {self.ndim} integers >= 0: give one per spatial dimension"
             )
 
     @classmethod
@@ -184,6 +200,10 @@ class ConvSpec:
         if not self.bias:
             parts.append("no bias")
         return ", ".join(parts)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _sizes(sizes: tuple[int, ...]) -> str:
