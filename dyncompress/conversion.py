@@ -243,7 +243,7 @@ def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
     return len(found)
 
 
-def _check_statistics(norms: Mapping[nn.Module, str], count: int) -> None:
+def _check_statistics(norms: Mapping[nn.modules.batchnorm._BatchNorm, str], count: int) -> None:
     for m, name in norms.items():
         if not all(value.isfinite().all() for value in m.buffers()):
             raise DynCompressError(
