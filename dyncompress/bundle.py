@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -126,7 +127,7 @@ def read_state(path: str | Path) -> Mapping[str, Any]:
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"'{path}' can't be read ({error}); it is truncated, damaged or no checkpoint") from None
     except Exception as error:  # torch raises pickle.UnpicklingError for foreign classes, and whatever its reader meets
-        raise CheckpointError(f"'{path}' can't be read as weights only ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"'{path}' can't be read as weights only ({files.reason(error)})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"'{path}' holds no state dict but a {type(content).__name__}")
@@ -216,10 +217,9 @@ def _export_program(net: nn.Module, path: Path, example: Any) -> None:
     shapes = tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.dim() else None, (args, kwargs))
     with torch.no_grad():
         program = torch.export.export(net, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()))
-        try:
-            torch.export.save(program, path)
-        except RuntimeError as error:  # how its archive tells of a full disk
-            raise OSError(str(error)) from error
+        archive = io.BytesIO()  # written to a full disk, torch's own archive ends the process
+        torch.export.save(program, archive)
+        path.write_bytes(archive.getbuffer())
         module = torch.export.load(path).module()
         for size in (1, 3, 8):
             more, named = as_call(_batch(example, size))

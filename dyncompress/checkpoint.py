@@ -119,7 +119,7 @@ def load_from_checkpoint(module: Any, path: str | Path, **kwargs: Any) -> Any:
                     " torch doesn't load from a file of unknown origin; pass weights_only=False where you trust it"
                 ) from error
             raise CheckpointError(
-                f"'{path}' can't be loaded into {module.__name__} ({type(error).__name__}: {error}); give a whole"
+                f"'{path}' can't be loaded into {module.__name__} ({files.reason(error)}); give a whole"
                 " checkpoint of that class, and the arguments of its __init__ that it does not save"
             ) from error
 

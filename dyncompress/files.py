@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any
 
 from dyncompress.errors import CheckpointError, WriteError
@@ -165,6 +167,14 @@ def check(path: str | Path) -> None:
         raise CheckpointError(
             f"'{path}' can't be read ({error}); it is truncated, damaged or no checkpoint: take another copy"
         ) from None
+
+
+def reason(error: Exception) -> str:
+    """What a reader complains of, in a line: torch fills a screen where a file holds more than weights."""
+    found = re.search(r"Weights only load failed.*GLOBAL ([\w.]+)", str(error), re.DOTALL)
+    if found:
+        return f"it holds an object of {found[1]}, whose code would run; only weights and plain values are read"
+    return f"{type(error).__name__}: {shorten(str(error), 300, placeholder='...')}"
 
 
 def _check_archive(file: IO[bytes]) -> None:

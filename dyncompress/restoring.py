@@ -98,7 +98,7 @@ def careful_loading(trainer: Any, module: nn.Module) -> Patch:
             raise
         except Exception as error:  # whatever torch's reader meets in a file of any kind; chained
             raise CheckpointError(
-                f"'{path}' can't be loaded ({type(error).__name__}: {error}); give a checkpoint that the Trainer wrote"
+                f"'{path}' can't be loaded ({files.reason(error)}); give a checkpoint that the Trainer wrote"
             ) from error
         if not isinstance(checkpoint, Mapping) or not {"state_dict", "pytorch-lightning_version"} & checkpoint.keys():
             raise CheckpointError(
