@@ -100,6 +100,11 @@ def load_from_checkpoint(module: Any, path: str | Path, **kwargs: Any) -> Any:
     Example:
         >>> model = load_from_checkpoint(LitClassifier, "last.ckpt")  # doctest: +SKIP
     """
+    if Path(path, SHARDED).is_file():
+        raise CheckpointError(
+            f"'{path}' is a checkpoint in pieces, one of each process; resume from it under its strategy, and save a"
+            " whole one there: ModelParallelStrategy(save_distributed_checkpoint=False)"
+        )
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file '{path}'; give a checkpoint that the Trainer wrote")
     if not hasattr(module, "load_from_checkpoint"):

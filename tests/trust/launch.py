@@ -26,7 +26,7 @@ class Run:
     seconds: float
 
 
-def launch(job: str, folder: Path, *arguments: object, by: tuple[str, ...] = (), timeout: float = 200) -> Run:
+def launch(job: str, folder: Path, *arguments: object, by: tuple[str, ...] = (), timeout: float = 240) -> Run:
     """Run a job to its end; past the timeout its whole process group is killed and `subprocess.TimeoutExpired` raised.
 
     Lightning finds a free port itself, and so does torchrun with --standalone.
