@@ -86,7 +86,7 @@ def killed(folder: Path, kills: int) -> dict[str, Any]:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1500,
     )
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout)
@@ -103,6 +103,7 @@ def test_a_few_killed_writers_lose_nothing(tmp_path: Path, record_property: Figu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)  # minutes on an idle machine
 def test_two_hundred_killed_writers_lose_nothing(tmp_path: Path, record_property: Figure) -> None:
     """A process that is killed while it saves leaves the old bundle or the new one, whole, at 200 random moments."""
     found = killed(tmp_path, 200)
