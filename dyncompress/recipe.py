@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from dyncompress.budget import Budget
 from dyncompress.distillation import DistillConfig
-from dyncompress.errors import RecipeError
+from dyncompress.errors import RecipeError, shown
 from dyncompress.layers import configured
 from dyncompress.planning import check_shares
 
@@ -155,8 +155,8 @@ def read_recipe(words: Sequence[str], prog: str = "dyncompress run") -> Recipe:
             check_keys(_nested(word[2:].partition("=")[0].rstrip("+")), Recipe, f"option {word}: ")
     try:
         parsed = parser.parse_args(words)
-    except ArgumentError as error:
-        reason = " ".join(str(error).split())
+    except (ArgumentError, TypeError, ValueError, AttributeError) as error:  # the last three slip out of jsonargparse
+        reason = " ".join(str(error).split())[:500]
         raise RecipeError(f"{path or 'recipe'}: {reason} - see {prog} --help") from None
     return _from_namespace(parsed, Path(path))
 
@@ -255,13 +255,21 @@ def _nested(dotted: str) -> dict[str, Any]:
     return {key: _nested(rest) if rest else None}
 
 
+def _check_mapping(key: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{key} is {shown(value)} - keys and values, such as 'epochs: 5' - correct it")
+
+
 def _from_namespace(parsed: Namespace, path: Path) -> Recipe:
     values = parsed.as_dict()
     values.pop("config", None)
     for key, kind in get_type_hints(Recipe).items():
         if isinstance(kind, type) and is_dataclass(kind):
+            _check_mapping(key, values[key])
             values[key] = kind(**values[key])
     for key in ("model", "data"):  # what stands beside init_args (--data.root X) belongs into it
+        _check_mapping(key, values[key])
+        _check_mapping(f"{key}.init_args", values[key].get("init_args", {}))
         cls, given, short = values[key].pop("class_path", None), values[key].pop("init_args", {}), values[key]
         values[key] = {"class_path": cls, "init_args": {**given, **short}}
     named = {"name": values["name"] or path.stem, "folder": values["folder"] or str(path.parent)}
