@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,11 @@ def _export_onnx(net: nn.Module, path: Path, example: Any) -> None:
         import onnxscript  # noqa: F401 - what torch's exporter needs
     except ImportError as error:
         raise ExportError(f"ONNX export needs '{error.name}'; pip install 'dyncompress[export]'") from None
+    if not {"kwargs", "optimize"} <= signature(torch.onnx.export).parameters.keys():
+        raise ExportError(
+            f"torch {torch.__version__} has an earlier ONNX exporter than this is written for; upgrade to torch 2.6 or"
+            " newer, or export to *.pt2"
+        )
     args, kwargs = as_call(one_image(example))
     program = torch.onnx.export(net, args, kwargs=kwargs, dynamo=True, verbose=False, optimize=True)
     assert program is not None

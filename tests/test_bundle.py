@@ -10,6 +10,7 @@ from dyncompress.conversion import convert, plan_of
 from dyncompress.errors import CheckpointError, ExportError, PlanError
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
+from tests.newer import writes_onnx
 
 
 @pytest.fixture
@@ -84,6 +85,16 @@ def test_exported_programs_take_any_batch(student, tmp_path):
     assert torch.allclose(program(more), net(more), atol=1e-5)
 
 
+def test_an_earlier_onnx_exporter_is_refused(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, dynamo=False: None)
+    with pytest.raises(
+        ExportError, match=r"earlier ONNX exporter .* upgrade to torch 2\.6 or newer, or export to \*\.pt2"
+    ):
+        bundle.export(student[0], tmp_path / "s.onnx", student[1])
+    assert not any(tmp_path.iterdir())
+
+
+@writes_onnx
 def test_onnx_at_batch_one(student, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     net, x = student

@@ -173,6 +173,11 @@ def test_the_learning_rate_finder_sweeps_with_the_teacher(tmp_path: Path) -> Non
     """It sweeps in its own on_fit_start, before ours."""
     taught: list[int] = []
     sweep: list[int] = []
+    steps: list[int] = []
+
+    class Stepping(Classifier):
+        def on_after_backward(self) -> None:
+            steps.append(1)
 
     class Counting(DynCompress):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -185,6 +190,6 @@ def test_the_learning_rate_finder_sweeps_with_the_teacher(tmp_path: Path) -> Non
 
     finder = LearningRateFinder(num_training_steps=4, attr_name="lr", early_stop_threshold=None)
     host = trainer(callbacks=[finder, Counting("50%")], default_root_dir=tmp_path)
-    host.fit(Classifier(), loader(8), loader(1))
+    host.fit(Stepping(), loader(8), loader(1))
     assert len(sweep) == 4
-    assert len(taught) == 4 + 8
+    assert len(taught) == len(steps) > 4  # 12, or 8 in Lightning 2.2, which takes the sweep's batches for the fit's

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyncompress.layers import ConvSite, ConvSpec, DyNet, execution
 from dyncompress.layers.execution import Strategy, run_as
+from tests.newer import writes_onnx
 
 # A grouped and a pointwise convolution beside a plain one, so that all strategies run.
 SPECS = [
@@ -115,6 +116,7 @@ def assert_runs(session: Any, net: nn.Module, batch: int) -> None:
     torch.testing.assert_close(torch.from_numpy(result), net(x), atol=1e-5, rtol=1e-5)
 
 
+@writes_onnx
 @pytest.mark.parametrize(("batch", "convolutions"), [(1, 3), (4, 2)])  # 1x1 is a matrix product for several images
 def test_onnx_with_one_batch_size(batch: int, convolutions: int, tmp_path: Path) -> None:
     net = block().eval()
@@ -123,6 +125,7 @@ def test_onnx_with_one_batch_size(batch: int, convolutions: int, tmp_path: Path)
     assert_runs(session, net, batch)
 
 
+@writes_onnx
 @pytest.mark.parametrize(("strategy", "operator", "count"), [("features", "Conv", 3), ("scan", "Scan", 2)])
 def test_onnx_with_any_batch_size(strategy: Strategy, operator: str, count: int, tmp_path: Path) -> None:
     if strategy == "scan":
