@@ -60,8 +60,8 @@ def floors() -> tuple[str, ...]:
         for bound in requirement.specifier
         if bound.operator == ">="
     }
-    # Lightning 2.2 imports pkg_resources, which setuptools 81 left behind; and numpy 1 is the numpy of its day.
-    return (*sorted(lowest), "numpy<2", "setuptools<81")
+    # Lightning 2.2 imports pkg_resources, which setuptools 81 left behind.
+    return (*sorted(lowest), "setuptools<81")
 
 
 def environments() -> dict[str, Environment]:

@@ -232,7 +232,7 @@ class Run:
         printed = self.folder / LOGS / f"{arm}-seed{seed}.txt"
         printed.parent.mkdir(exist_ok=True)
         with printed.open("w", encoding="utf-8") as file, redirect_stdout(file), self.console.status(label) as status:
-            subject.lightning.seed_everything(seed, verbose=False)
+            subject.lightning.seed_everything(seed)
             watch = progress(subject.lightning, tell)
             trainer = subject.trainer(max_epochs=epochs, logger=loggers, callbacks=[*callbacks, watch])
             trainer.fit(module, subject.data)

@@ -164,6 +164,7 @@ def test_each_lightning_package_gets_its_own_trainer() -> None:
         lightning_of(DigitsData())
 
 
+@pytest.mark.filterwarnings("error")
 def test_lightning_is_quiet_for_a_while_only() -> None:
     import pytorch_lightning
     from pytorch_lightning.utilities.warnings import PossibleUserWarning

@@ -28,7 +28,7 @@ def test_network_is_as_wide_and_as_dear_as_it_says() -> None:
 
 
 def test_a_few_epochs_learn() -> None:
-    seed_everything(0, verbose=False)
+    seed_everything(0)
     model, data = Digits([8, 16]), DigitsData()
     trainer = Trainer(max_epochs=8, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False)  # fmt: skip
