@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 import dyncompress as dc
 from dyncompress.conversion import plan_of
 from tests.classifiers import Net, equal, loader, trainer, weights
+from tests.newer import EMAWeightAveraging, averages
 from tests.trust.witness import Classifier, check, clean, contrasting, taught
 
 # ---- tuning ------------------------------------------------------------------------------------------------------
@@ -97,6 +97,7 @@ def test_stochastic_averaging(record_property: Callable[..., None]) -> None:
     record_property("figure", f"{found:.1e} from the mean of the averaged epochs")
 
 
+@averages
 @pytest.mark.filterwarnings("ignore:.*You're using the WeightAveraging callback")  # a hint
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the resumed run saves beside
 def test_moving_average(tmp_path: Path, record_property: Callable[..., None]) -> None:
