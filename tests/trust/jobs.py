@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, TensorDataset
@@ -180,7 +179,9 @@ class Lazy(Sharded):
 
 
 def sharded(module: Any, *callbacks: Any, as_folder: bool = False, ckpt_path: Any = None, **options: Any) -> Any:
-    split = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=as_folder)
+    split = pl.strategies.ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=as_folder
+    )
     host = trainer(callbacks=callbacks, strategy=split, devices=2, **options)
     host.fit(module, loader(), loader(1), ckpt_path=ckpt_path)
     return host
