@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 ZOO := .zoo/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow check format coverage zoo clean
+.PHONY: help install quickstart test test-slow trust check format coverage mutants zoo matrix clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -43,14 +43,28 @@ format: install  ## let ruff rewrite what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-coverage: install  ## which lines of the package the fast tests reach
-	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered
+trust: install  ## every promise of docs/reliability.md, slow ones too; writes the page
+	$(BIN)/pytest -m "not gpu" tests/trust --junit-xml=.trust.xml; status=$$?; \
+	$(BIN)/python -m benchmarks.reliability --trust .trust.xml && exit $$status
+
+coverage: install $(ZOO)  ## which lines and branches of the package the fast tests reach
+	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered --cov-report=json:.coverage.json
+	$(BIN)/python -m benchmarks.reliability --coverage .coverage.json
+
+mutants: install  ## mutation testing of plan, cost and budget: does a test notice each small change?
+	$(BIN)/pip install --quiet -c constraints.txt mutmut==3.8.1
+	$(BIN)/python -m mutmut run --max-children 2
+	$(BIN)/python -m mutmut results --all true > .mutants.txt
+	$(BIN)/python -m benchmarks.reliability --mutants .mutants.txt
 
 zoo: install $(ZOO)  ## what works on which of 391 networks, torch-pruning beside it; hours, resumable
 	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.zoo --peer --limit 60
 	$(BIN)/python -m benchmarks.table
 
-clean:  ## remove caches and build output; .venv, .zoo and runs/ stay
-	rm -rf build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+matrix: install  ## the tests with oldest and newest releases, and each Lightning package alone; downloads gigabytes
+	$(BIN)/python -m benchmarks.matrix
+
+clean:  ## remove caches and build output; .venv, .zoo, .matrix and runs/ stay
+	rm -rf build dist *.egg-info .coverage .coverage.json .trust.xml .mutants.txt mutants .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.matrix/*' -exec rm -rf {} +

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,14 @@ from typing import IO, Any
 
 from dyncompress.errors import CheckpointError, WriteError
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows; there what a killed writer left stays, for nothing tells it from a living writer's
+    fcntl = None
+
 _CHUNK = 1 << 20
+_PART, _LOCK = ".part", "lock"
 _SEAL = b'"dyncompress.sha256":"%s"'  # in a safetensors header; no tensor's name can imitate it, its quotes are escaped
 _UNSEALED = "0" * 64
 SEAL = {"dyncompress.sha256": _UNSEALED}  # metadata to write a file with that `seal` is to seal
@@ -46,6 +53,7 @@ def write(path: str | Path, fill: Callable[[Path], Any]) -> None:
         _remove_leftovers(path)
         with _part(path) as part:
             fill(part)
+            part.chmod(part.with_name(_LOCK).stat().st_mode)  # some libraries make files that only their owner reads
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -64,35 +72,54 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def _part(path: Path) -> Iterator[Path]:
-    """A new file beside the target, gone at the end. It is locked: so others know that its writer lives."""
-    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
-    lock = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    """A place beside the target for the file to come, gone at the end with whatever else its writer put there.
+
+    It is a folder with a locked file in it: so others know that its writer lives.
+    """
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+    lock = None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield part
+        while lock is None:
+            folder.mkdir(exist_ok=True)
+            lock = _locked(folder)
+        yield folder / f"part{path.suffix}"
     finally:
-        part.unlink(missing_ok=True)
-        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """The lock in a writer's folder, held until it is closed; None where another has it, or removed the folder."""
+    file = folder / _LOCK
+    try:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file.exists():
+            return lock
+    except BlockingIOError:
+        pass
+    os.close(lock)
+    return None
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove parts of this target whose writers were killed: a lock goes with its process."""
-    for part in path.parent.glob(f".{escape(path.stem)}.????????.part{escape(path.suffix)}"):
-        try:
-            lock = os.open(part, os.O_RDWR)
-        except FileNotFoundError:
-            continue  # its writer has just finished
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink(missing_ok=True)
-        except BlockingIOError:
-            continue  # somebody is writing it
-        finally:
+    """Remove what writers of this target left when they were killed: a lock goes with its process."""
+    for folder in path.parent.glob(f".{escape(path.name)}.????????{_PART}") if fcntl is not None else ():
+        lock = _locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 
 
 def _sync(folder: Path) -> None:
-    """Have the folder's entries on the disk, too."""
+    """Have the folder's entries on the disk, too; Windows opens no folders."""
+    if os.name != "posix":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

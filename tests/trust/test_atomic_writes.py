@@ -90,7 +90,7 @@ def killed(folder: Path, kills: int) -> dict[str, Any]:
     )
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout)
-    assert sum(found["loaded"].values()) == kills and min(found["loaded"].values()) > 0
+    assert sum(found["loaded"].values()) == kills
     assert found["left"] == ["student.safetensors"]
     assert found["most"] <= 1  # what a killed process leaves, the next one removes
     return found
@@ -107,7 +107,7 @@ def test_a_few_killed_writers_lose_nothing(tmp_path: Path, record_property: Figu
 def test_two_hundred_killed_writers_lose_nothing(tmp_path: Path, record_property: Figure) -> None:
     """A process that is killed while it saves leaves the old bundle or the new one, whole, at 200 random moments."""
     found = killed(tmp_path, 200)
-    assert found["interrupted"] >= 50
+    assert found["interrupted"] >= 50 and min(found["loaded"].values()) > 0
     record_property("figure", f"200 of 200 kill points loadable, {found['interrupted']} in the middle of a write")
 
 
@@ -241,8 +241,9 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path, record_property: Fig
 def test_a_living_writers_part_is_left_alone(tmp_path: Path) -> None:
     """What another process is writing is not taken for a leftover; what a dead one left is removed."""
     path = tmp_path / "a.json"
-    left = tmp_path / ".a.0123abcd.part.json"
-    left.write_text("half")
+    left = tmp_path / ".a.json.0123abcd.part"
+    left.mkdir()
+    (left / "a.json").write_text("half")
     beside: list[str] = []
 
     def fill(part: Path) -> None:
@@ -262,7 +263,17 @@ def test_links_and_permissions_are_as_of_any_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     files.write_text(tmp_path / "link.json", "content")
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real/a.json").read_text() == "content"
-    assert (tmp_path / "real/a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    bundle = write_bundle(tmp_path)
+    modes = [file.stat().st_mode for file in (tmp_path / "plain", tmp_path / "real/a.json", bundle)]
+    assert len(set(modes)) == 1
+
+
+def test_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no file locks (Windows), files are written whole all the same."""
+    monkeypatch.setattr(files, "fcntl", None)
+    for text in ("one", "two"):
+        files.write_text(tmp_path / "a.txt", text)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "two")]
 
 
 def test_the_written_plan_is_the_plan(tmp_path: Path) -> None:
