@@ -6,6 +6,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from itertools import islice
 from typing import Any
 
@@ -104,15 +105,24 @@ def _batches(loader: Any) -> Iterator[Any]:
     elif isinstance(loader, (list, tuple)):
         yield from (list(parts) for parts in zip(*map(_batches, loader), strict=False))
     elif type(loader).__name__ == "CombinedLoader":
-        yield from (batch for batch, _, _ in loader)
+        own = type(loader)(tree_map(_own, loader.iterables), loader._mode)
+        yield from (batch for batch, _, _ in own)
     else:
         generator = getattr(loader, "generator", None)
         state = None if generator is None else generator.get_state()
         try:
-            yield from loader
+            yield from _own(loader)
         finally:
             if generator is not None:
                 generator.set_state(state)
+
+
+def _own(loader: Any) -> Any:
+    """The loader with an iterator of its own: persistent workers serve one, and asking again rewinds the training's."""
+    if getattr(loader, "persistent_workers", False):
+        loader = copy(loader)
+        loader._iterator = None
+    return loader
 
 
 def _steps(module: Any, batch: Any, names: tuple[str, ...]) -> dict[str, Callable[[], Any]]:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from dyncompress import DynCompress
 from dyncompress.errors import TraceError
 from dyncompress.graph import as_call
 from dyncompress.host import NotYetError, overrides
@@ -325,3 +326,22 @@ def test_with_manual_optimisation_only_the_validation_step_is_looked_at() -> Non
     fit(module, [start], loader(), limit_train_batches=1)
     assert len(start.found) == 2
     assert module.other.weight.item() == pytest.approx(before + 1)  # by the one real step
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_persistent_workers_feed_the_training_from_its_first_batch(combined: bool) -> None:
+    """They serve one iterator, and whoever asks for another rewinds it: the look at the data took the training's."""
+
+    class Seen(classifier()):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            batch = batch["a"] if combined else batch
+            steps.append(float(batch[0].sum()))
+            return super().training_step(batch, batch_idx)
+
+    data = DataLoader(loader(6).dataset, BATCH, num_workers=1, multiprocessing_context="fork", persistent_workers=True)
+    given = CombinedLoader({"a": data}, "min_size") if combined else data
+    steps: list[float] = []
+    host = trainer(callbacks=[DynCompress("50%", example=torch.zeros(1, 3, 8, 8), recalibrate=3)])
+    host.fit(Seen(), given, loader(1))
+    assert host.global_step == 6
+    assert steps[-6:] == [float(x.sum()) for x, _ in loader(6)]

@@ -277,7 +277,7 @@ def test_goes_on(end: str, record_property: Callable[..., None]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["success"])
+@pytest.mark.parametrize("end", ["success", "an exception"])
 def test_workers(end: str, record_property: Callable[..., None]) -> None:
     """Worker processes of the data loaders end with the training, persistent ones too."""
     before = outside()
@@ -289,6 +289,7 @@ def test_workers(end: str, record_property: Callable[..., None]) -> None:
         host = trainer(callbacks=[DynCompress("50%")])
         if module.error is None:
             host.fit(module, loaders, loader(1))
+            assert host.global_step == 4  # none is lost to a look at the data before the training
         else:
             with pytest.raises(module.error):
                 host.fit(module, loaders, loader(1))
