@@ -44,7 +44,7 @@ format: install  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix
 
 trust: install  ## every promise of docs/reliability.md, slow ones too; writes the page
-	$(BIN)/pytest -m "not gpu" tests/trust --junit-xml=.trust.xml; status=$$?; \
+	$(BIN)/pytest -m "not gpu" tests/trust -o junit_family=xunit1 --junit-xml=.trust.xml; status=$$?; \
 	$(BIN)/python -m benchmarks.reliability --trust .trust.xml && exit $$status
 
 coverage: install $(ZOO)  ## which lines and branches of the package the fast tests reach

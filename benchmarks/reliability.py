@@ -74,10 +74,12 @@ def _marks(node: ast.AST | None) -> set[str]:
     return set(re.findall(r"mark\.(slow|gpu)\b", ast.unparse(node))) if node is not None else set()
 
 
-def outcomes(junit: Path) -> dict[str, list[dict[str, Any]]]:
-    """What pytest wrote with ``--junit-xml``, by "file::test": a row for each case."""
+def outcomes(*junit: Path) -> dict[str, list[dict[str, Any]]]:
+    """What pytest wrote with ``--junit-xml``, in one run or several, by "file::test": a row for each case."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in (case for file in junit for case in ElementTree.parse(file).iter("testcase")):
+        if ".trust." not in case.get("classname", ""):
+            continue
         name, _, parameters = case.get("name", "").partition("[")
         tags = {child.tag for child in case}
         status = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
@@ -199,9 +201,9 @@ def read(file: Path) -> dict[str, Any]:
 def main() -> None:
     """Take over what is given, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--trust", type=Path, help="what pytest --junit-xml wrote")
-    parser.add_argument("--coverage", type=Path, help="what coverage json wrote")
-    parser.add_argument("--mutants", type=Path, help="what mutmut results --all true printed")
+    parser.add_argument("--trust", type=Path, nargs="+", help="what pytest --junit-xml wrote")
+    parser.add_argument("--coverage", type=Path, nargs=1, help="what coverage json wrote")
+    parser.add_argument("--mutants", type=Path, nargs=1, help="what mutmut results --all true printed")
     given = parser.parse_args()
     results = read(RESULTS)
     for run, key, take in (
@@ -209,8 +211,8 @@ def main() -> None:
         ("coverage", "coverage", _coverage),
         ("mutants", "mutants", _mutants),
     ):
-        if (file := getattr(given, run)) is not None:
-            results[key] = take(file)
+        if (files := getattr(given, run)) is not None:
+            results[key] = take(*files)
             results.setdefault("provenance", {})[run] = asdict(Environment.here([]))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     PAGE.write_text(render(sections(), results, read(MATRIX)), "utf-8")
