@@ -43,7 +43,8 @@ _LIMITS = """\
   `save_distributed_checkpoint=False` where one file is wanted.
 - Before Lightning 2.6 `load_from_checkpoint` cannot be told to read weights only: there, a checkpoint of unknown origin
   goes through `dyncompress.load`. `fit(ckpt_path=)` is read by Lightning itself.
-- Archives that torch wrote without checksums, and its format of before 1.6, carry nothing to compare a flipped bit with.
+- Archives that torch wrote without checksums, and its format of before 1.6, carry nothing to compare a flipped bit
+  with.
 - On a GPU the loss is looked at in every `log_every_n_steps`-th step, so that a NaN may train until then.
 - With `save_teacher=True` and a precision of 16 bits throughout, the teacher is saved in 16 bits.
 - On Windows what a killed process left beside a file stays there.
