@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -260,12 +261,21 @@ def _check_mapping(key: str, value: object) -> None:
         raise RecipeError(f"{key} is {shown(value)} - keys and values, such as 'epochs: 5' - correct it")
 
 
+def _refuse_null(kind: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """The parser lets ``epochs: null`` through, whatever the annotation says."""
+    for key, annotation in get_type_hints(kind).items():
+        if values.get(key, "") is None and NoneType not in get_args(annotation):
+            raise RecipeError(f"{prefix}{key} is null - a value - give one, or leave the line out for the default")
+
+
 def _from_namespace(parsed: Namespace, path: Path) -> Recipe:
     values = parsed.as_dict()
     values.pop("config", None)
+    _refuse_null(Recipe, values)
     for key, kind in get_type_hints(Recipe).items():
         if isinstance(kind, type) and is_dataclass(kind):
             _check_mapping(key, values[key])
+            _refuse_null(kind, values[key], f"{key}.")
             values[key] = kind(**values[key])
     for key in ("model", "data"):  # what stands beside init_args (--data.root X) belongs into it
         _check_mapping(key, values[key])
