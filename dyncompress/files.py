@@ -209,6 +209,8 @@ def _check_archive(file: IO[bytes]) -> None:
         records = archive.infolist()
         if any(r.compress_type != zipfile.ZIP_STORED for r in records):  # a few bytes could stand for gigabytes
             raise ValueError("it holds compressed records, which torch does not write")
+        if any(r.external_attr & 0x10 for r in records):  # torch would take its size for 0 and leave memory as it is
+            raise ValueError("a record is marked as a folder, which torch does not write")
         if sum(r.file_size for r in records) > os.fstat(file.fileno()).st_size:
             raise ValueError("its records claim more bytes than it has")
         if any(r.CRC for r in records):  # torch.serialization.set_crc32_options(False) leaves them out

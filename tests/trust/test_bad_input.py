@@ -75,7 +75,7 @@ TARGETS = (
 )
 REMEDIES = ("give", "choose", "write", "use", "ask", "at most",
             "allowed", "see", "correct", "raise", "usual", "such as", "did you mean", "say",
-            "make", "add", "check", "weighs", "lands", "is a", "needs", "leave", "reads", "keep")  # fmt: skip
+            "make", "add", "check", "match", "weighs", "lands", "is a", "needs", "leave", "reads", "keep")  # fmt: skip
 
 
 def tried(values: st.SearchStrategy[Any], attempt: Callable[[Any], object], cases: int) -> str:
