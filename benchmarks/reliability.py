@@ -93,8 +93,8 @@ def _marks(node: ast.AST | None) -> set[str]:
 
 
 def outcomes(*junit: Path) -> dict[str, list[dict[str, Any]]]:
-    """What pytest wrote with ``--junit-xml``, in one run or several, by "file::test": a row for each case."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """What pytest wrote with ``--junit-xml``, by "file::test": a row for each case, of the last run that had it."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for case in (case for file in junit for case in ElementTree.parse(file).iter("testcase")):
         if ".trust." not in case.get("classname", ""):
             continue
@@ -108,8 +108,8 @@ def outcomes(*junit: Path) -> dict[str, list[dict[str, Any]]]:
             "figure": "; ".join(figures),
             "seconds": round(float(case.get("time", 0)), 1),
         }
-        found.setdefault(f"{case.get('classname', '').rpartition('.')[2]}::{name}", []).append(row)
-    return found
+        found.setdefault(f"{case.get('classname', '').rpartition('.')[2]}::{name}", {})[row["case"]] = row
+    return {test: list(rows.values()) for test, rows in found.items()}
 
 
 def render(promised: dict[str, tuple[str, list[Promise]]], results: dict[str, Any], matrix: dict[str, Any]) -> str:
