@@ -33,7 +33,8 @@ def converted(target: str = "50%") -> Holder:
 
 
 def host(late: bool = False) -> Any:
-    return SimpleNamespace(strategy=SimpleNamespace(restore_checkpoint_after_setup=late), callbacks=[])
+    strategy = SimpleNamespace(restore_checkpoint_after_setup=late)
+    return SimpleNamespace(strategy=strategy, callbacks=[], state=SimpleNamespace(fn="fit"))
 
 
 def test_plans_are_found_where_the_checkpoint_keeps_them() -> None:

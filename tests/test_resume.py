@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,6 @@ def test_a_run_that_was_killed_in_mid_epoch_goes_on(tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
 
     last = tmp_path / "last.ckpt"
-    # Lightning 2.2 does not count the batch at whose end it saves, and trains it again.
-    done = torch.load(last, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"]
-    assert done in (1, 2)
     assert torch.load(last, weights_only=True)["global_step"] == 6  # 4 + 2: in the middle of the second epoch
     plan, teacher, killed = read_plan(last), state(last)["teacher"], torch.load(last, weights_only=True)["state_dict"]
     module, callback = fresh(), DynCompress("50%")
@@ -104,7 +102,8 @@ def test_a_run_that_was_killed_in_mid_epoch_goes_on(tmp_path: Path) -> None:
     look, keep = Look(), ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
     host = fit(module, callback, keep, look, max_epochs=3, ckpt_path=last, enable_checkpointing=True)
     assert (look.step, look.loaded) == (6, True)
-    assert host.global_step == 6 + (4 - done) + 4
+    again = version("lightning").startswith("2.2.")  # it trains the batch anew at whose end it saved
+    assert host.global_step == 12 + again
     assert plan_of(module) == plan
     assert callback.state_dict()["teacher"] == teacher
     assert host.callback_metrics["distill/loss"] > 0

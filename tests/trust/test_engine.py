@@ -40,7 +40,7 @@ FLAGS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "without validation": ({"limit_val_batches": 0}, 4, 0, 4),
     "num_sanity_val_steps": ({"num_sanity_val_steps": 2}, 4, 1, 4),
     "inference_mode off": ({"inference_mode": False}, 4, 1, 4),
-    "barebones": ({"barebones": True}, 4, 0, 4),
+    "barebones": ({"barebones": True}, 4, 1, 4),
     "log_every_n_steps": ({"log_every_n_steps": 1}, 4, 1, 4),
     "use_distributed_sampler": ({"use_distributed_sampler": False}, 4, 1, 4),
     "profiler": ({"profiler": "simple"}, 4, 1, 4),

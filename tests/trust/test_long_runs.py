@@ -127,6 +127,7 @@ def test_objects(record_property: Callable[..., None]) -> None:
 # ---- many trainings ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_twenty_fits(record_property: Callable[..., None]) -> None:
     """Twenty trainings in one process leave nothing behind: no tensor, no layer, no teacher, no handle."""
 
@@ -144,6 +145,7 @@ def test_twenty_fits(record_property: Callable[..., None]) -> None:
     record_property("figure", f"{after[0]} tensors and {after[1]} layers after 1 and after 20")
 
 
+@pytest.mark.slow
 def test_fitted_again(record_property: Callable[..., None]) -> None:
     """Training the same module again, with the same or a new Trainer, adds no tensor, no layer, no hook."""
     module, callback = Classifier(), DynCompress("50%")
@@ -161,6 +163,7 @@ def test_fitted_again(record_property: Callable[..., None]) -> None:
     record_property("figure", f"{counts[3][0]} tensors and {counts[3][1]} layers after every one of 5 trainings")
 
 
+@pytest.mark.slow
 def test_callback_reused(record_property: Callable[..., None]) -> None:
     """One callback compresses one module after the other, each with its own teacher; the earlier ones are let go."""
     callback, seen = DynCompress("50%"), []

@@ -141,6 +141,7 @@ def test_a_checkpoint_moves_from_one_package_to_the_other(
     record_property("figure", f"largest difference {gap:.0e}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", EACH)
 def test_one_package_alone_is_enough(package: str, record_property: Any) -> None:
     """Where only one of the packages is installed, fitting, resuming, loading and LightningCLI work all the same."""
