@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from dyncompress.cost import operation_macs, widths
+from dyncompress.cost import narrow_spec, operation_macs, widths
 from dyncompress.errors import DynCompressError, PlanError, shown
 from dyncompress.graph import ConvGraph, Group, Operation
 from dyncompress.narrowing import Runs, length
@@ -205,12 +205,14 @@ def _check_operations(graph: ConvGraph) -> None:
                 f"{shown(op.module)} ran on {op.positions} positions and {shown(op.runs)}; it has at least one run, of"
                 f" at least 1 position and 1 image: {AGAIN}"
             )
-        (positions, images), macs = op.runs[0], operation_macs(op, widths(graph))
-        if positions != op.positions or macs != op.spec.kernel_params * positions * images:
-            raise PlanError(
-                f"{shown(op.module)} ({op.spec}) ran first on {shown(op.runs[0])} positions and images, and costs"
-                f" {macs} MACs on {op.positions} positions; the two don't agree: {AGAIN}"
-            )
+        positions, images = op.runs[0]
+        for keep in (widths(graph), [1] * len(graph.groups)):  # an axis that is lost shows where groups are narrow
+            macs = operation_macs(op, keep)
+            if positions != op.positions or macs != narrow_spec(graph, op, keep).kernel_params * positions * images:
+                raise PlanError(
+                    f"{shown(op.module)} ({op.spec}) ran first on {shown(op.runs[0])} positions and images, and costs"
+                    f" {macs} MACs on {op.positions} positions: this and the axes of its weight don't agree; {AGAIN}"
+                )
 
 
 def _check_runs(graph: ConvGraph) -> None:

@@ -13,7 +13,9 @@ import causes
 import graph_checks
 from dyncompress.errors import BudgetError
 from dyncompress.graph import ConvGraph
-from dyncompress.planning import make_plan, reachable
+from dyncompress.layers import get_method
+from dyncompress.plan import Plan
+from dyncompress.planning import Problem, make_plan, reachable
 from dyncompress.tracing import trace
 
 pytestmark = [
@@ -102,3 +104,11 @@ def test_half_the_macs_are_met_where_they_can_be_and_the_plan_is_carried_out(cau
             make_plan(net, example, "50%")
         plan = make_plan(net, example, str(reach.lowest + 1))
     graph_checks.carries_out(net, plan, example)
+
+
+@each
+def test_its_plan_comes_back_from_its_file(cause):
+    net, _, graph = traced(cause)
+    problem = Problem(net, graph, get_method("dynet"))
+    plan = problem.plan(problem.full, "100%", "uniform")
+    assert Plan.from_json(plan.to_json()) == plan
