@@ -47,6 +47,8 @@ _LIMITS = """\
   with.
 - On a GPU the loss is looked at in every `log_every_n_steps`-th step, so that a NaN may train until then.
 - With `save_teacher=True` and a precision of 16 bits throughout, the teacher is saved in 16 bits.
+- How often a layer runs, for its cost, is read from a plan's file as it stands there: only a run of the network could
+  tell.
 - On Windows what a killed process left beside a file stays there.
 """
 

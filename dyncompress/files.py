@@ -11,7 +11,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from textwrap import shorten
@@ -80,7 +80,8 @@ def _part(path: Path) -> Iterator[Path]:
     lock = None
     try:
         while lock is None:
-            folder.mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # another writer looks whether its owner lives
+                os.mkdir(folder)
             lock = _locked(folder)
         yield folder / f"part{path.suffix}"
     finally:
@@ -99,9 +100,9 @@ def _locked(folder: Path) -> int | None:
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if file.exists():
+        if os.path.samestat(os.fstat(lock), os.stat(file)):  # else a lock on a file that was removed meanwhile
             return lock
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         pass
     os.close(lock)
     return None

@@ -80,8 +80,8 @@ class NetworkEntry:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(ConvGraph)}
         graph = ConvGraph(**{**fields, "groups": tuple(Group(*g) for g in self.groups)})
         _check_groups(graph)
-        _check_operations(graph)
         _check_runs(graph)
+        _check_operations(graph)  # reads the axes
         if graph.fingerprint != self.fingerprint:
             raise PlanError(
                 f"its fingerprint {shown(self.fingerprint)} is not that of its parameters, {graph.fingerprint}; {AGAIN}"
@@ -205,6 +205,9 @@ def _check_operations(graph: ConvGraph) -> None:
                 f"{shown(op.module)} ran on {op.positions} positions and {shown(op.runs)}; it has at least one run, of"
                 f" at least 1 position and 1 image: {AGAIN}"
             )
+        bias = f"{op.module}.bias"
+        if bias in graph.parameters and graph.axes.get(f"{bias}:0") != graph.axes.get(f"{op.weight}:0"):
+            raise PlanError(f"the bias of {shown(op.module)} has other channels than its weight writes; {AGAIN}")
         positions, images = op.runs[0]
         for keep in (widths(graph), [1] * len(graph.groups)):  # an axis that is lost shows where groups are narrow
             macs = operation_macs(op, keep)
