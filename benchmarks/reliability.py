@@ -183,7 +183,8 @@ def _tests(results: dict[str, Any]) -> Iterator[str]:
         tried = found["killed"] + found["survived"]
         yield (
             f"- `make mutants` (mutmut, on plan, cost and budget): {found['killed']} of {tried} mutants killed"
-            f" ({found['killed'] / tried:.1%}){_when(results, 'mutants')}. Properties are not mutated."
+            f" ({found['killed'] / tried:.1%}){_when(results, 'mutants')}; {found.get('left', 0)} more were not"
+            " tried. Properties are not mutated."
         )
     yield ""
 
@@ -210,7 +211,8 @@ def _mutants(file: Path) -> dict[str, int]:
     verdicts = re.findall(r"^\s+\S+: (.+)$", file.read_text("utf-8"), re.M)
     caught = ("killed", "timeout", "segfault", "suspicious")
     missed = ("survived", "no tests")
-    return {"killed": sum(v in caught for v in verdicts), "survived": sum(v in missed for v in verdicts)}
+    killed, survived = sum(v in caught for v in verdicts), sum(v in missed for v in verdicts)
+    return {"killed": killed, "survived": survived, "left": len(verdicts) - killed - survived}
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -281,6 +281,9 @@ def test_all_damaged_and_foreign_files_are_refused_by_a_trainer(
 # ---- single bits -------------------------------------------------------------------------------------------------
 
 
+FLIPS = [800, pytest.param(10_000, marks=pytest.mark.slow)]
+
+
 def flips(path: Path, spans: list[tuple[int, int]], count: int, seed: int, folder: Path) -> tuple[int, int, list[int]]:
     """Read a file with one bit flipped, again and again: how often it was refused, harmless, and where neither."""
     content, expected, rng = path.read_bytes(), dict(read_state(path)), random.Random(seed)
@@ -314,25 +317,15 @@ def spans_of(path: Path) -> list[tuple[int, int]]:
     return [(0, pickled.file_size), (0, directory), (directory, len(content)), (0, len(content))]
 
 
+@pytest.mark.parametrize("count", FLIPS)
 @pytest.mark.parametrize("name", ["student.safetensors", "last.ckpt"])
 def test_any_flipped_bit_is_refused_or_harmless(
-    name: str, saved: Path, tmp_path: Path, record_property: Figure
+    name: str, count: int, saved: Path, tmp_path: Path, record_property: Figure
 ) -> None:
     """A file with any one bit flipped is refused, or gives the very same weights."""
-    refused, harmless, missed = flips(saved / name, spans_of(saved / name), 800, 1, tmp_path)
-    assert not missed and refused > 500
-    record_property("figure", f"800 flips in {name}: {refused} refused, {harmless} harmless")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["student.safetensors", "last.ckpt"])
-def test_any_flipped_bit_of_many_is_refused_or_harmless(
-    name: str, saved: Path, tmp_path: Path, record_property: Figure
-) -> None:
-    """The same for twenty thousand bits."""
-    refused, harmless, missed = flips(saved / name, spans_of(saved / name), 10_000, 2, tmp_path)
-    assert not missed and refused > 7_000
-    record_property("figure", f"10000 flips in {name}: {refused} refused, {harmless} harmless")
+    refused, harmless, missed = flips(saved / name, spans_of(saved / name), count, seed=count, folder=tmp_path)
+    assert not missed and refused > 0.6 * count
+    record_property("figure", f"{count} flips in {name}: {refused} refused, {harmless} harmless")
 
 
 def test_checksums_that_were_left_out_are_not_asked_for(saved: Path, tmp_path: Path, record_property: Figure) -> None:
