@@ -114,6 +114,7 @@ def test_memory(record_property: Callable[..., None]) -> None:
     record_property("figure", f"{(last - first) / 1024:.0f} KiB more, {later[0]} tensors at both times")
 
 
+@pytest.mark.slow
 def test_objects(record_property: Callable[..., None]) -> None:
     """Tensors, layers, hooks and patches after 40 steps are those after 8, validation and teaching included."""
     meter = Meter(8, 40)
