@@ -31,7 +31,7 @@ setup(
         f"pytorch-lightning{CLEAN}",
         "torchmetrics>=1.0",
         "ptflops>=0.7.5",
-        "wandb>=0.17",
+        "wandb>=0.18",  # 0.17 has names that NumPy 2 dropped
         "rich",
         "jsonargparse[signatures]>=4.39",
         "safetensors",

@@ -140,16 +140,19 @@ def main() -> int:
     names = parser.parse_args().names or list(known)
     if unknown := set(names) - set(known):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(known)}")
-    rows = json.loads(RESULTS.read_text("utf-8"))["environments"] if RESULTS.exists() else []
-    results = {row["name"]: row for row in rows}
+    failed = 0
     for name in names:
         environment = known[name]
         python = install(name, environment)
         row = {"name": environment.title, "date": date.today().isoformat(), "versions": versions(python)}
-        results[environment.title] = {**row, "tests": environment.tests, **run(python, environment.tests)}
+        row |= {"tests": environment.tests, **run(python, environment.tests)}
+        failed += row["failed"] > 0
+        # Read as late as this: another environment may have been tried beside.
+        rows = json.loads(RESULTS.read_text("utf-8"))["environments"] if RESULTS.exists() else []
+        results = {each["name"]: each for each in [*rows, row]}
         ordered = [results[each.title] for each in known.values() if each.title in results]
         RESULTS.write_text(json.dumps({"environments": ordered}, indent=1) + "\n", "utf-8")
-    return sum(results[known[name].title]["failed"] > 0 for name in names)
+    return failed
 
 
 if __name__ == "__main__":
