@@ -41,8 +41,9 @@ _LIMITS = """\
 - FSDP2 synchronises parameters, not BatchNorm statistics: each process keeps its own, with or without compression.
   Lightning cannot consolidate the sharded folders of its ModelParallelStrategy; save with
   `save_distributed_checkpoint=False` where one file is wanted.
-- Before Lightning 2.6 `load_from_checkpoint` cannot be told to read weights only: there, a checkpoint of unknown origin
-  goes through `dyncompress.load`. `fit(ckpt_path=)` is read by Lightning itself.
+- `fit(ckpt_path=)` is read by Lightning itself, before 2.6 with pickle: there, a checkpoint of unknown origin goes
+  through `dyncompress.load` or `dyncompress.load_from_checkpoint`, which read weights only.
+- torch 2.4 counts nothing under `inference_mode`, and has no derivative of `channel_shuffle`.
 - Archives that torch wrote without checksums, and its format of before 1.6, carry nothing to compare a flipped bit
   with.
 - On a GPU the loss is looked at in every `log_every_n_steps`-th step, so that a NaN may train until then.

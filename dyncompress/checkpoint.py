@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dyncompress import files
@@ -110,10 +111,14 @@ def load_from_checkpoint(module: Any, path: str | Path, **kwargs: Any) -> Any:
     if not hasattr(module, "load_from_checkpoint"):
         raise CheckpointError(f"{module!r} is no LightningModule class; for a plain network use dyncompress.load")
     files.check(path)
-    if "weights_only" in signature(module.load_from_checkpoint).parameters:  # before Lightning 2.6 there is no choice
-        kwargs = {"weights_only": True, **kwargs}
+    careful = kwargs.pop("weights_only", True) is not False
+    lightning_asks = "weights_only" in signature(module.load_from_checkpoint).parameters
+    if lightning_asks:
+        kwargs["weights_only"] = careful
     with _rebuilding(module, path):
         try:
+            if careful and not lightning_asks:  # before 2.6 it reads anything, so that torch has to look first
+                torch.load(path, map_location="cpu", weights_only=True)
             return module.load_from_checkpoint(path, **kwargs)
         except DynCompressError:
             raise

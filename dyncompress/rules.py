@@ -299,9 +299,10 @@ _RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
-# pointwise, though torch doesn't say so
+# pointwise, though torch doesn't say so; those of the first line it does name since some release after 2.4
 _POINTWISE = frozenset(
-    "_prelu_kernel hardswish hardtanh where addcmul rrelu_with_noise log_sigmoid_forward bernoulli real imag _conj"
+    "celu elu hardshrink hardsigmoid isfinite ldexp leaky_relu mish rad2deg relu6 selu softplus softshrink threshold"
+    " _prelu_kernel hardswish hardtanh where addcmul rrelu_with_noise log_sigmoid_forward bernoulli real imag _conj"
     " polar complex fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask"
     " _fake_quantize_learnable_per_tensor_affine _fake_quantize_per_tensor_affine_cachemask_tensor_qparams".split()
 )

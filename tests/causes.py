@@ -25,7 +25,8 @@ _FILES = (
     causes_splits, causes_folds, causes_gates, causes_weights, causes_norms, causes_attention, causes_sharing,
     causes_control, causes_outputs, causes_fields,
 )  # fmt: skip
-CAUSES: list[type[nn.Module]] = [cause for file in _FILES for cause in file.CAUSES]
+_TOO_NEW = (causes_folds.ShuffleModule,) if torch.__version__.startswith("2.4.") else ()  # has no derivative there
+CAUSES: list[type[nn.Module]] = [cause for file in _FILES for cause in file.CAUSES if cause not in _TOO_NEW]
 EXAMPLES: dict[type[nn.Module], Any] = {cause: example for file in _FILES for cause, example in file.EXAMPLES.items()}
 READ_ACROSS: list[type[nn.Module]] = [cause for file in _FILES for cause in file.READ_ACROSS]
 """Something other than a weight reads across channels (a norm, a softmax, a mean): cutting is more than zeroing."""

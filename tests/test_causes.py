@@ -80,6 +80,8 @@ def test_what_stays_says_why(cause):
 
 @each
 def test_what_runs_is_counted(cause):
+    if cause is causes.causes_control.InferenceGuide and torch.__version__.startswith("2.4."):
+        pytest.skip("the counter of torch 2.4 sees nothing in inference mode (pytorch/pytorch#126268)")
     net, example, graph = traced(cause)
     graph_checks.counts_what_runs(net, graph, example)
 

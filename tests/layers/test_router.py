@@ -97,7 +97,8 @@ def test_threads_do_not_see_each_other() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(results[index], wanted) for index, wanted in enumerate(expected))
+    # Not to the last bit: another thread may have other settings of torch, and sum in another order.
+    assert all(torch.allclose(results[index], wanted, atol=1e-6) for index, wanted in enumerate(expected))
 
 
 # Blocks

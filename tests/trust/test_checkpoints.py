@@ -328,6 +328,7 @@ def test_any_flipped_bit_is_refused_or_harmless(
     record_property("figure", f"{count} flips in {name}: {refused} refused, {harmless} harmless")
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="torch leaves them out since 2.6")
 def test_checksums_that_were_left_out_are_not_asked_for(saved: Path, tmp_path: Path, record_property: Figure) -> None:
     """A checkpoint that torch was told to write without checksums still loads."""
     getter = import_module("torch.serialization")

@@ -30,6 +30,7 @@ from dyncompress.patch import Patch
 from dyncompress.student import Student
 from dyncompress.teaching import TaughtStep
 from tests.classifiers import classifier, equal, fit, loader, trainer, weights
+from tests.newer import exits
 
 Classifier = classifier()
 Classifier.__module__ = __name__  # pickle finds a class by its name
@@ -229,6 +230,7 @@ def shape(module: nn.Module) -> dict[str, set[str]]:
 
 
 ENDINGS = {"success": None, "an exception": ZeroDivisionError, "Ctrl-C": KeyboardInterrupt}
+ENDS = ["success", "an exception", pytest.param("Ctrl-C", marks=exits)]
 
 
 def ended(module: Any, error: type[BaseException] | None, *callbacks: Any) -> None:
@@ -242,7 +244,7 @@ def ended(module: Any, error: type[BaseException] | None, *callbacks: Any) -> No
 
 
 @pytest.mark.usefixtures("interrupts")
-@pytest.mark.parametrize("end", ENDINGS)
+@pytest.mark.parametrize("end", ENDS)
 def test_ends_clean(end: str, record_property: Callable[..., None]) -> None:
     """After success, an exception or Ctrl-C no hook, patch, thread, process or file is left, and the module copies."""
     plain, module = Ending(), Ending()
@@ -267,7 +269,7 @@ def test_ends_clean(end: str, record_property: Callable[..., None]) -> None:
 
 
 @pytest.mark.usefixtures("interrupts")
-@pytest.mark.parametrize("end", ENDINGS)
+@pytest.mark.parametrize("end", ENDS)
 def test_goes_on(end: str, record_property: Callable[..., None]) -> None:
     """After success, an exception or Ctrl-C the same module and callback train on."""
     module, callback = Ending(), DynCompress("50%")
@@ -329,6 +331,7 @@ finally:
 """
 
 
+@exits
 @pytest.mark.slow
 def test_interrupted(record_property: Callable[..., None]) -> None:
     """A real Ctrl-C in the middle of training ends the process as Lightning ends it, and the module is clean."""

@@ -92,7 +92,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     sentinel, path = tmp_path / "ran", tmp_path / "a.ckpt"
     content = {"state_dict": Net().state_dict(), "hyper_parameters": Bomb(sentinel)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match="system"):
+    with pytest.raises(CheckpointError, match=r"system|holds objects beside weights"):
         DOORS[door](path)
     assert not sentinel.exists()
     torch.load(path, weights_only=False)
