@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from dyncompress.errors import PlanError
+from dyncompress.layers import get_method
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
 
@@ -106,3 +108,21 @@ def test_what_the_example_never_ran_is_named_up_to_five(plan: Plan) -> None:
     assert caption("a", "b").endswith("included; the example never ran a, b: left as they are")
     assert caption(*"abcde").endswith("never ran a, b, c, d, e: left as they are")
     assert caption(*"abcdef").endswith("never ran a, b, c, d, e and 1 more: left as they are")
+
+
+def test_nothing_that_was_chosen_is_lost_on_the_way_through_a_file(plan: Plan) -> None:
+    chosen = [replace(choice, method=get_method("dynet", g=2, router="layer")) for choice in plan.choices]
+    told = replace(
+        plan, choices=tuple(chosen), options={"g": 2}, method="dynet", target="1k", allocation="sensitivity",
+        importance="taylor",
+    )  # fmt: skip
+    again = Plan.from_json(told.to_json())
+    assert again == told
+    assert (again.importance, again.allocation, again.choices[1].method.g) == ("taylor", "sensitivity", 2)  # type: ignore[attr-defined]
+
+
+def test_layers_of_another_network_are_named(plan: Plan) -> None:
+    data = json.loads(plan.to_json())
+    data["layers"][0]["name"] = "zero"
+    with pytest.raises(PlanError, match=r"its layers are \['zero', '1'\]; the network's are \['0', '1'\]"):
+        Plan.from_json(json.dumps(data))
