@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -29,6 +29,13 @@ def compiled(module: Any, how: str, backend: Any) -> None:
         module.net = torch.compile(module.net, backend=backend)
     else:
         module.net.compile(backend=backend)
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    """What a compiler keeps would be counted by tests that look for leaks."""
+    yield
+    torch.compiler.reset()
 
 
 @pytest.mark.slow

@@ -104,15 +104,16 @@ class Meter(pl.Callback):
 
 @pytest.mark.slow
 def test_memory(record_property: Callable[..., None]) -> None:
-    """Memory is flat over 2,000 training steps: tensors, layers, hooks and patches after 2,000 are those after 500."""
+    """Memory is flat over 2,000 training steps: no more tensors, layers, hooks and patches after 2,000 than after 500."""
     meter = Meter(500, 2000)
     ours = DynCompress("50%", distill=DistillConfig(features={"bn2": 1.0}))
     host = fit(Classifier(), ours, meter, max_epochs=-1, max_steps=2000, limit_val_batches=0, batches=100)
     assert host.global_step == 2000
     (first, counts), (last, later) = (meter.seen[step] for step in meter.steps)
-    assert counts == later and counts[0] > 40 and counts[2] >= 4
+    assert counts[1:] == later[1:] and counts[0] > 40 and counts[2] >= 4
+    assert later[0] <= counts[0]  # fewer where a test before this one left some to be freed
     assert last - first < 1 << 20
-    record_property("figure", f"{(last - first) / 1024:.0f} KiB more, {later[0]} tensors at both times")
+    record_property("figure", f"{(last - first) / 1024:.0f} KiB more, {counts[0]} tensors and then {later[0]}")
 
 
 @pytest.mark.slow
@@ -136,13 +137,14 @@ def test_twenty_fits(record_property: Callable[..., None]) -> None:
     def once() -> None:
         fit(Classifier(), DynCompress("50%"), limit_train_batches=2, limit_val_batches=1)
 
+    earlier = alive(*OURS)  # of other tests: a compiler keeps what it compiled
     once()  # what is made once and kept: caches, lazy imports
     before, there = (alive(Tensor), alive(nn.Module), alive(*OURS)), outside()
     for _ in range(19):
         once()
     after = alive(Tensor), alive(nn.Module), alive(*OURS)
     assert after == before
-    assert after[2] == 0
+    assert after[2] == earlier
     assert left(there) == []
     record_property("figure", f"{after[0]} tensors and {after[1]} layers after 1 and after 20")
 
@@ -168,6 +170,7 @@ def test_fitted_again(record_property: Callable[..., None]) -> None:
 @pytest.mark.slow
 def test_callback_reused(record_property: Callable[..., None]) -> None:
     """One callback compresses one module after the other, each with its own teacher; the earlier ones are let go."""
+    earlier = alive(Teacher, Student)
     callback, seen = DynCompress("50%"), []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -175,7 +178,7 @@ def test_callback_reused(record_property: Callable[..., None]) -> None:
         fit(module, callback)
         assert plan_of(module) is not None
         seen.append(weakref.ref(module))
-        assert alive(Teacher, Student) == 2
+        assert alive(Teacher, Student) == earlier + 2
         del module
     gc.collect()
     assert [ref() is None for ref in seen[:-1]] == [True, True]  # Lightning gives every callback its module's `log`
