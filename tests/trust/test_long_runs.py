@@ -104,7 +104,7 @@ class Meter(pl.Callback):
 
 @pytest.mark.slow
 def test_memory(record_property: Callable[..., None]) -> None:
-    """Memory is flat over 2,000 training steps: no more tensors, layers, hooks and patches after 2,000 than after 500."""
+    """Memory is flat over 2,000 training steps: tensors, layers, hooks and patches are no more than after 500."""
     meter = Meter(500, 2000)
     ours = DynCompress("50%", distill=DistillConfig(features={"bn2": 1.0}))
     host = fit(Classifier(), ours, meter, max_epochs=-1, max_steps=2000, limit_val_batches=0, batches=100)
