@@ -28,8 +28,8 @@ install: $(INSTALLED)  ## make the environment in .venv
 quickstart: install  ## compress a small CNN to 33 % of its MACs and report, in minutes
 	$(BIN)/dyncompress run recipes/digits.yaml --target 33% --out runs/quickstart
 
-test: install $(ZOO)  ## every fast test: CPU, offline, doctests included
-	$(BIN)/pytest
+test: install $(ZOO)  ## every fast test: CPU, offline, doctests included; two at a time
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: install  ## the tests that train for minutes
 	$(BIN)/pytest -m slow
