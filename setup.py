@@ -14,7 +14,8 @@ CLEAN = ">=2.2,!=2.6.2,!=2.6.3"
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 RECIPES = ["scikit-learn", "pyarrow", "pillow", "huggingface-hub"]
 TEST = [
-    "pytest>=8.1", "pytest-timeout", "pytest-cov", "pytest-xdist", "hypothesis", "tensorboard", f"lightning{CLEAN}", *EXPORT, *RECIPES
+    "pytest>=8.1", "pytest-timeout", "pytest-cov", "pytest-xdist", "hypothesis", "tensorboard",
+    f"lightning{CLEAN}", *EXPORT, *RECIPES,
 ]  # fmt: skip
 DEV = ["ruff", "mypy", "types-PyYAML", *TEST]
 
