@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dyncompress.conversion import plan_of
@@ -35,22 +35,50 @@ def fold(student: nn.Module) -> nn.Module:
         raise PlanError(f"{type(student).__name__} carries no plan; fold what dyncompress converted")
     folded = deepcopy(student).eval()
     for op in plan.graph.convs:
-        if not op.norm:
+        norm = folded.get_submodule(op.norm) if op.norm else None
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
             continue
-        norm, conv = folded.get_submodule(op.norm), folded.get_submodule(op.module)
-        if (
-            not isinstance(norm, nn.modules.batchnorm._BatchNorm)
-            or norm.running_mean is None
-            or norm.running_var is None
-        ):
+        rest = _rest(norm)
+        if rest is None:
             continue
-        weight: Any = conv.bank if isinstance(conv, DynamicConv) else conv.weight
-        own: Any = conv.bias
-        mean, var = norm.running_mean, norm.running_var
-        fused, bias = fuse_conv_bn_weights(weight, own, mean, var, norm.eps, norm.weight, norm.bias)
-        with torch.no_grad():
-            weight.data = fused.data
-        conv.bias = bias
+        _absorb(folded.get_submodule(op.module), norm)
         parent, _, child = op.norm.rpartition(".")
-        setattr(folded.get_submodule(parent), child, nn.Identity())
+        setattr(folded.get_submodule(parent), child, rest)
     return folded
+
+
+def _absorb(conv: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> None:
+    weight: Any = conv.bank if isinstance(conv, DynamicConv) else conv.weight
+    own: Any = conv.bias
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None and var is not None
+    fused, bias = fuse_conv_bn_weights(weight, own, mean, var, norm.eps, norm.weight, norm.bias)
+    with torch.no_grad():
+        weight.data = fused.data
+    conv.bias = bias
+
+
+def _rest(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module | None:
+    """What a norm does after normalising, as a module; None where that can't be told.
+
+    Subclasses exist that go on with an activation (timm's BatchNormAct2d). Their children, in order, are taken for the
+    rest where that gives the same numbers.
+    """
+    rest = nn.Sequential(*(child for child in norm.children() if not isinstance(child, nn.Identity)))
+    if not len(rest):
+        rest = nn.Identity()  # type: ignore[assignment]
+    if type(norm).forward is nn.modules.batchnorm._BatchNorm.forward and isinstance(rest, nn.Identity):
+        return rest
+    assert norm.running_mean is not None
+    dims = next((d for d, kind in _NORMS.items() if isinstance(norm, kind)), 2)
+    x = torch.randn(2, norm.num_features, *(3,) * dims, generator=torch.Generator().manual_seed(0)).to(
+        norm.running_mean
+    )
+    args = (norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    with torch.no_grad():
+        expected, found = norm(x), rest(nn.functional.batch_norm(x, *args))
+    same = isinstance(expected, Tensor) and expected.shape == found.shape
+    return rest if same and torch.allclose(expected, found, rtol=1e-4, atol=1e-5) else None
+
+
+_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

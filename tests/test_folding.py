@@ -56,6 +56,37 @@ def test_a_norm_that_shares_its_input_is_kept():
     assert torch.allclose(fold(student)(x), student(x), atol=1e-6)
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: the activation is part of the norm."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class NormAndMore(nn.BatchNorm2d):
+    """What it does next stands in its code alone."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(("kind", "left"), [(NormAndActivation, 0), (NormAndMore, 1)])
+def test_what_a_norm_does_besides_normalising_is_not_lost(kind, left):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), kind(16), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(2)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    net(x)
+    net[1].running_mean.normal_()
+    student = convert(net, make_plan(net, x, "70%"))
+    folded = fold(student)
+    assert count(folded) == left
+    assert torch.allclose(folded(x), student(x), rtol=1e-4, atol=1e-5)
+
+
 def test_only_converted_networks_are_folded():
     with pytest.raises(PlanError, match="carries no plan"):
         fold(networks.Residual())
