@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from dyncompress.conversion import plan_of
+from dyncompress.conversion import TAG, plan_of
 from dyncompress.errors import PlanError
 from dyncompress.layers import DynamicConv
 
@@ -34,6 +34,7 @@ def fold(student: nn.Module) -> nn.Module:
     if plan is None:
         raise PlanError(f"{type(student).__name__} carries no plan; fold what dyncompress converted")
     folded = deepcopy(student).eval()
+    delattr(folded.get_submodule(plan.graph.anchor), TAG)  # its weights are no longer those of the plan
     for op in plan.graph.convs:
         norm = folded.get_submodule(op.norm) if op.norm else None
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
@@ -44,6 +45,12 @@ def fold(student: nn.Module) -> nn.Module:
         _absorb(folded.get_submodule(op.module), norm)
         parent, _, child = op.norm.rpartition(".")
         setattr(folded.get_submodule(parent), child, rest)
+    for members in plan.costs.sets:
+        layers = [folded.get_submodule(op.module) for op in members]
+        if isinstance(layers[0], DynamicConv):
+            for op, layer in zip(members, layers[0].shipped(layers), strict=True):
+                parent, _, child = op.module.rpartition(".")
+                setattr(folded.get_submodule(parent), child, layer.eval())
     return folded
 
 

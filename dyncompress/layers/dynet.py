@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.execution import dynamic_conv
+from dyncompress.layers.inference import BlockRouter, ShippedConv
 from dyncompress.layers.method import DynamicConv, Method, register_method
 from dyncompress.layers.router import Handover, RouterLinear, Squeeze
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
@@ -34,8 +35,17 @@ from dyncompress.layers.static import Static
 
 __all__ = ["DyNet", "DyNetConv"]
 
-# placement="auto" keeps kernel assembly, g / positions of the convolution, within this share.
-_ASSEMBLY_LIMIT = 16  # as 1 / 16
+# placement="auto": where mixing g kernels takes more than a fifth of the convolution's time, there are fewer. An output
+# position is one multiply-add per weight, and mixing reads each weight of g kernels once. Two CPUs, one thread, have 25
+# to 80 GMAC/s and read 8 to 30 GB/s: that is the time of 11 g positions, and of 3 g where the bank stays in the cache.
+_POSITIONS_PER_KERNEL, _POSITIONS_PER_CACHED_KERNEL = 56, 16
+_CACHED_BYTES = 512 << 10  # of a bank at the original width, of which a quarter is left at a third of the MACs
+# Below this a convolution is over before its kernel could be mixed: the calls alone take 15 to 30 us.
+_TINY = 50_000  # multiply-adds
+# A router of more weights than this gets a hidden layer: its matrix is read once per image, as a bank is.
+_ROUTER_LIMIT = 1 << 16
+_ROUTER_REDUCTION = 4  # as the paper has in its ResNets
+_BYTES = 4  # of a weight
 _MOST_KERNELS = 1024  # per output channel; a bank of more is a slip of the pen
 # Initial logits of a warm start: far enough apart that the anchor carries the static kernel (sigmoid 0.88 and
 # 0.12), close enough to zero that the gradient of the sigmoid (0.1) still trains the router.
@@ -53,7 +63,8 @@ class DyNet:
         g: Kernels per output channel, at least 1.
         router: ``"block"``: the layers built together read one squeezed input, that of the first;
             ``"layer"``: each its own.
-        reduction: 0 for one linear layer; r > 0 for two with max(8, channels // r) hidden units.
+        reduction: 0 for one linear layer; r > 0 for two with max(8, channels // r) hidden units; by default 4 where one
+            layer would have more than 65,536 weights, 0 elsewhere.
         placement: ``"auto"``: leave layers static, or give them fewer kernels, where a bank costs more than
             it can give; ``"all"``: a bank of g everywhere.
 
@@ -69,7 +80,7 @@ class DyNet:
 
     g: int = 4
     router: Literal["block", "layer"] = "block"
-    reduction: int = 0
+    reduction: int | None = None
     placement: Literal["auto", "all"] = "auto"
 
     def __post_init__(self) -> None:
@@ -79,10 +90,10 @@ class DyNet:
             )
         if not isinstance(self.router, str) or self.router not in ("block", "layer"):
             raise DynCompressError(f"router {shown(self.router)} is unknown: choose 'block' or 'layer'")
-        if type(self.reduction) is not int or self.reduction < 0:
+        if self.reduction is not None and (type(self.reduction) is not int or self.reduction < 0):
             raise DynCompressError(
-                f"reduction {shown(self.reduction)} is no divisor of channels: give one such as 4, or 0 for one linear"
-                " layer"
+                f"reduction {shown(self.reduction)} is no divisor of channels: give one such as 4, 0 for one linear"
+                " layer, or None to leave it to the size of the router"
             )
         if not isinstance(self.placement, str) or self.placement not in ("auto", "all"):
             raise DynCompressError(f"placement {shown(self.placement)} is unknown: choose 'auto' or 'all'")
@@ -93,33 +104,41 @@ class DyNet:
         return self.router
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
-        """DyNet, with fewer kernels or not at all where a bank does not pay.
+        """DyNet, with fewer kernels or not at all where measured cost says that a bank does not pay.
+
+        Depthwise and tiny convolutions stay static. Elsewhere g halves until there are 16 output positions per
+        kernel, or 56 where the bank is too large for the cache; with one kernel left the layer is static.
 
         Example:
-            >>> method, reason = DyNet(g=4).place(ConvSite("c", ConvSpec(64, 64, (3, 3)), positions=49))
-            >>> method.g, reason
-            (2, 'g 4 -> 2: assembling 4 kernels on 49 positions costs 8.2 % of the conv, above 6.2 %')
+            >>> method, reason = DyNet(g=4).place(ConvSite("c", ConvSpec(256, 256, (3, 3)), positions=196))
+            >>> print(reason)
+            g 4 -> 2: mixing 9.4 MB of kernels, from memory, takes 23 % of the conv (196 positions), above 20 %
         """
         if self.g < 2:
             return Static(), f"static: a bank of {self.g} kernel has nothing to mix"
         if self.placement == "all":
             return self, ""
-        percent = 100 * self.g / site.positions
-        share = f"{self.g} kernels on {site.positions} positions costs {percent:.1f} % of the conv"
+        weights, positions = site.spec.kernel_params, site.positions
         if site.spec.is_depthwise:
-            return Static(), (
-                f"static: depthwise, {site.spec.kernel_params:,} weights; assembling {share} "
-                f"and slows it more than narrowing saves"
-            )
+            return Static(), f"static: depthwise, {weights:,} weights; mixing them takes longer than convolving"
+        if weights * positions < _TINY:
+            return Static(), f"static: tiny, {weights * positions:,} multiply-adds; mixing takes longer than convolving"
+        size = self.g * weights * _BYTES
+        streamed = size > _CACHED_BYTES
+        needed = _POSITIONS_PER_KERNEL if streamed else _POSITIONS_PER_CACHED_KERNEL
         g = self.g
-        while g > 1 and g * _ASSEMBLY_LIMIT > site.positions:
+        while g > 1 and g * needed > positions:
             g //= 2
         if g == self.g:
             return self, ""
-        too_much = f"assembling {share}, above {100 / _ASSEMBLY_LIMIT:.1f} %"
+        share = 100 * self.g * needed / (5 * positions)
+        why = (
+            f"mixing {size / 1e6:.1f} MB of kernels, {'from memory' if streamed else 'cached'}, takes {share:.0f} %"
+            f" of the conv ({positions} positions), above 20 %"
+        )
         if g < 2:
-            return Static(), f"static: {too_much}, and 2 would too"
-        return replace(self, g=g), f"g {self.g} -> {g}: {too_much}"
+            return Static(), f"static: {why}"
+        return replace(self, g=g), f"g {self.g} -> {g}: {why}"
 
     def macs(self, sites: Sequence[ConvSite]) -> list[Macs]:
         """Multiply-adds per image, with S output positions and P weights of one static kernel.
@@ -132,8 +151,7 @@ class DyNet:
             [Macs(conv=294912, kernels=18432, router=2048)]
         """
         costs = []
-        for site, (channels, owns) in zip(sites, self._routers(sites), strict=True):
-            hidden = self._hidden(channels)
+        for site, (channels, hidden, owns) in zip(sites, self._routers(sites), strict=True):
             router = (hidden or channels) * site.spec.out_channels * self.g + channels * hidden * owns
             kernels = self.g * site.spec.kernel_params
             costs.append(Macs(site.spec.kernel_params * site.positions, kernels, router))
@@ -142,8 +160,8 @@ class DyNet:
     def params(self, sites: Sequence[ConvSite]) -> list[int]:
         """Parameters: bank g * P, bias, router (features + 1) * out * g, hidden layer in the owner."""
         counts = []
-        for site, (channels, owns) in zip(sites, self._routers(sites), strict=True):
-            hidden, out = self._hidden(channels), site.spec.out_channels
+        for site, (channels, hidden, owns) in zip(sites, self._routers(sites), strict=True):
+            out = site.spec.out_channels
             router = ((hidden or channels) + 1) * out * self.g + (channels + 1) * hidden * owns
             counts.append(self.g * site.spec.kernel_params + out * site.spec.bias + router)
         return counts
@@ -152,21 +170,28 @@ class DyNet:
         """One layer per site; with ``router="block"`` the first one squeezes the input for all."""
         handover = Handover(readers=len(sites) - 1) if self.router == "block" and len(sites) > 1 else None
         layers: list[nn.Module] = []
-        for index, (site, (channels, owns)) in enumerate(zip(sites, self._routers(sites), strict=True)):
-            hidden = self._hidden(channels)
+        for index, (site, (channels, hidden, owns)) in enumerate(zip(sites, self._routers(sites), strict=True)):
             squeeze = Squeeze(channels, hidden) if owns else None
             reader = None if owns else index - 1
             layers.append(DyNetConv(site.spec, self.g, hidden or channels, squeeze, handover, reader))
         return layers
 
-    def _routers(self, sites: Sequence[ConvSite]) -> list[tuple[int, bool]]:
-        """Per site: channels that its router reads, and whether the site owns that router."""
-        if self.router == "layer":
-            return [(site.spec.in_channels, True) for site in sites]
-        return [(sites[0].spec.in_channels, index == 0) for index in range(len(sites))]
+    def _routers(self, sites: Sequence[ConvSite]) -> list[tuple[int, int, bool]]:
+        """Per site: channels that its router reads, its hidden units (0 for none), and whether the site owns it."""
+        alone = self.router == "layer"
+        found = []
+        for index, site in enumerate(sites):
+            served = [site] if alone else sites
+            channels = served[0].spec.in_channels
+            weights = channels * self.g * sum(each.spec.out_channels for each in served)
+            found.append((channels, self._hidden(channels, weights), alone or index == 0))
+        return found
 
-    def _hidden(self, channels: int) -> int:
-        return max(8, channels // self.reduction) if self.reduction else 0
+    def _hidden(self, channels: int, weights: int) -> int:
+        reduction = self.reduction
+        if reduction is None:
+            reduction = _ROUTER_REDUCTION if weights > _ROUTER_LIMIT else 0
+        return max(8, channels // reduction) if reduction else 0
 
 
 class DyNetConv(DynamicConv):
@@ -215,11 +240,7 @@ class DyNetConv(DynamicConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
-        if x.ndim != self.spec.ndim + 2 or x.shape[1] != self.spec.in_channels:
-            raise DynCompressError(
-                f"input has shape {tuple(x.shape)}; this layer ({self.spec}) takes a batch of "
-                f"{self.spec.in_channels} channels and {self.spec.ndim} spatial dimensions: reshape it"
-            )
+        self.check_input(x)
         return dynamic_conv(x, self.bank, self.coefficients(x), self.bias, self.spec)
 
     def coefficients(self, x: Tensor) -> Tensor:
@@ -265,6 +286,25 @@ class DyNetConv(DynamicConv):
         self.bank[:, 0].copy_((weight - rest) / eta[0])
         if self.bias is not None:
             self.bias.copy_(bias if bias is not None else torch.zeros_like(self.bias))
+
+    @classmethod
+    def shipped(cls, layers: Sequence[DyNetConv]) -> list[nn.Module]:
+        """One router for the block, in its first layer; see :mod:`dyncompress.layers.inference`."""
+        first, handover = layers[0], Handover(len(layers) - 1) if len(layers) > 1 else None
+        assert first.squeeze is not None
+        reduce = first.squeeze.reduce
+        # Rows of a layer stand kernel by kernel, as its bank does.
+        rows = [layer.router.weight.unflatten(0, (-1, layer.g)).transpose(0, 1).flatten(0, 1) for layer in layers]
+        biases = [layer.router.bias.unflatten(0, (-1, layer.g)).t().flatten() for layer in layers]
+        hidden = None if reduce is None else (reduce.weight, reduce.bias)
+        router = BlockRouter(torch.cat(rows), torch.cat(biases), hidden)
+        made: list[nn.Module] = []
+        start = 0
+        for index, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
+            place = (start, start := start + len(bias))
+            own, reader = (router, None) if index == 0 else (None, index - 1)
+            made.append(ShippedConv(layer.spec, layer.bank, layer.bias, place, own, handover, reader, cls.method))
+        return made
 
     def extra_repr(self) -> str:
         """Method, shapes, g, and whose input the router reads."""

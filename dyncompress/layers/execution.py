@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["Strategy", "assemble", "choose", "dynamic_conv", "full_precision", "run_as"]
+__all__ = ["Strategy", "assemble", "choose", "convolve", "dynamic_conv", "full_precision", "run_as"]
 
 Strategy = Literal["single", "grouped", "bmm", "features", "scan"]
 
@@ -149,24 +149,23 @@ def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, sp
     if strategy == "scan":
         return _scan(x, kernels, bias, spec)
     if strategy == "single":
-        return _convolve(x, kernels.squeeze(0), bias, spec, spec.groups)
+        return convolve(x, kernels.squeeze(0), bias, spec, spec.groups)
     return _grouped(x, kernels, bias, spec)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, groups: int) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, groups: int) -> Tensor:
     """A plain convolution with any padding; ``groups`` may be those of the spec times the batch."""
-    padding = [before for before, _ in spec.pads]
-    symmetric = all(before == after for before, after in spec.pads)
-    if any(map(any, spec.pads)) and not (symmetric and spec.padding_mode == "zeros"):
+    padding = spec.even_pads
+    if padding is None:
         mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
         x = F.pad(x, [side for pair in reversed(spec.pads) for side in pair], mode=mode)
-        padding = [0] * spec.ndim
+        padding = (0,) * spec.ndim
     return _CONV[spec.ndim](x, weight, bias, spec.stride, padding, spec.dilation, groups)
 
 
 def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     batch = x.shape[0]
-    out = _convolve(
+    out = convolve(
         x.reshape(1, batch * spec.in_channels, *x.shape[2:]),
         kernels.reshape(batch * spec.out_channels, *kernels.shape[2:]),
         None if bias is None else bias.repeat(batch),
@@ -186,16 +185,16 @@ def _pointwise(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 def _scan(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     from torch._higher_order_ops.scan import scan  # no public name yet, and slow to import
 
-    def convolve(carry: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def one(carry: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         image, kernel = pair
-        return carry.clone(), _convolve(image.unsqueeze(0), kernel, bias, spec, spec.groups).squeeze(0)
+        return carry.clone(), convolve(image.unsqueeze(0), kernel, bias, spec, spec.groups).squeeze(0)
 
-    out: Tensor = scan(convolve, x.new_zeros(()), (x, kernels))[1]
+    out: Tensor = scan(one, x.new_zeros(()), (x, kernels))[1]
     return out
 
 
 def _features(x: Tensor, bank: Tensor, eta: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    maps = _convolve(x, bank.flatten(0, 1), None, spec, spec.groups)
+    maps = convolve(x, bank.flatten(0, 1), None, spec, spec.groups)
     maps = maps.reshape(*eta.shape, *maps.shape[2:])
     out = (maps * eta.reshape(*eta.shape, *(1,) * spec.ndim)).sum(2).to(maps.dtype)
     return out if bias is None else out + bias.to(out.dtype).reshape(-1, *(1,) * spec.ndim)

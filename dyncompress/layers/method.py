@@ -98,6 +98,26 @@ class DynamicConv(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement load_static")
 
+    @classmethod
+    def shipped(cls, layers: Sequence[Any]) -> list[nn.Module]:
+        """Layers that were built together, as they are shipped: the same numbers, sooner; by default as they are.
+
+        Args:
+            layers: Of this class, in execution order. They are not changed.
+
+        Returns:
+            One module per layer.
+        """
+        return list(layers)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise unless x is [B, in, *size]."""
+        if x.ndim != self.spec.ndim + 2 or x.shape[1] != self.spec.in_channels:
+            raise DynCompressError(
+                f"input has shape {tuple(x.shape)}; this layer ({self.spec}) takes a batch of "
+                f"{self.spec.in_channels} channels and {self.spec.ndim} spatial dimensions: reshape it"
+            )
+
     def check_static(self, weight: Tensor, bias: Tensor | None, spare: Tensor | None = None) -> None:
         """Raise unless the tensors have the shapes that :meth:`load_static` takes."""
         spec = self.spec

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from dyncompress.errors import DynCompressError
 from dyncompress.layers.execution import full_precision
 
-__all__ = ["Handover", "RouterLinear", "Squeeze"]
+__all__ = ["LIMIT", "Handover", "RouterLinear", "Squeeze"]
 
-_LIMIT = 1e18  # of a feature: two linear layers of any sensible width and weight stay below 1e38
+LIMIT = 1e18  # of a feature: two linear layers of any sensible width and weight stay below 1e38
 
 
 class RouterLinear(nn.Linear):
@@ -45,7 +45,7 @@ class Squeeze(nn.Module):
         mean = x.mean(dim=tuple(range(2, x.ndim)), dtype=dtype)
         # A sum that overflows, or a broken pixel, would break the kernel and with it the whole image; a static
         # convolution breaks only what it touches. In a sigmoid nothing above the limit counts.
-        mean = mean.nan_to_num(0.0).clamp(-_LIMIT, _LIMIT)
+        mean = mean.nan_to_num(0.0).clamp(-LIMIT, LIMIT)
         return mean if self.reduce is None else F.relu(self.reduce(mean))
 
 

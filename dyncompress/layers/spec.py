@@ -165,6 +165,13 @@ class ConvSpec:
         return tuple((p, p) for p in self.padding)
 
     @property
+    def even_pads(self) -> tuple[int, ...] | None:
+        """Zeros on both sides per spatial dimension; None where the padding is uneven or no zeros."""
+        if any(before != after for before, after in self.pads):
+            return None
+        return tuple(p for p, _ in self.pads) if self.padding_mode == "zeros" or not any(map(any, self.pads)) else None
+
+    @property
     def is_pointwise(self) -> bool:
         """Whether the convolution is one matrix product per image: 1x1, stride 1, unpadded, ungrouped."""
         return (

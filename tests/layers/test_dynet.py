@@ -134,38 +134,58 @@ def placed(method: DyNet, positions: int, spec: ConvSpec = SPEC) -> tuple[Any, s
     return method.place(ConvSite("conv", spec, positions))
 
 
+CACHED = ConvSpec(32, 32, (3, 3))  # 9,216 weights: a bank of four has 147 kB
+STREAMED = ConvSpec(256, 256, (3, 3))  # 589,824 weights: a bank of four has 9.4 MB
+
+
 @pytest.mark.parametrize(
-    ("g", "positions", "expected"),
+    ("spec", "g", "positions", "expected"),
     [
-        (4, 64, DyNet(4)),  # 4 / 64 = 1 / 16
-        (4, 63, DyNet(2)),  # 2 / 63 < 1 / 16
-        (4, 49, DyNet(2)),
-        (4, 32, DyNet(2)),  # 2 / 32 = 1 / 16
-        (4, 31, Static()),  # 1 kernel is no bank
-        (6, 95, DyNet(3)),  # 6 / 95 > 1 / 16, 3 / 95 is not
-        (6, 96, DyNet(6)),
-        (6, 47, Static()),  # 6 -> 3 -> 1
-        (1, 3136, Static()),
+        (CACHED, 4, 64, DyNet(4)),  # 16 positions per kernel
+        (CACHED, 4, 63, DyNet(2)),
+        (CACHED, 4, 32, DyNet(2)),
+        (CACHED, 4, 31, Static()),  # 1 kernel is no bank
+        (CACHED, 6, 95, DyNet(3)),
+        (CACHED, 6, 96, DyNet(6)),
+        (CACHED, 6, 47, Static()),  # 6 -> 3 -> 1
+        (CACHED, 1, 3136, Static()),
+        (STREAMED, 4, 224, DyNet(4)),  # 56 positions per kernel
+        (STREAMED, 4, 196, DyNet(2)),
+        (STREAMED, 4, 112, DyNet(2)),
+        (STREAMED, 4, 49, Static()),
     ],
 )
-def test_assembly_stays_within_a_sixteenth_of_the_convolution(g: int, positions: int, expected: Any) -> None:
-    method, reason = placed(DyNet(g), positions)
+def test_mixing_stays_within_a_fifth_of_the_time_of_the_convolution(
+    spec: ConvSpec, g: int, positions: int, expected: Any
+) -> None:
+    method, reason = placed(DyNet(g), positions, spec)
     assert method == expected
     assert bool(reason) == (method != DyNet(g))
 
 
 def test_a_smaller_bank_keeps_the_other_options() -> None:
-    method, _ = placed(DyNet(4, router="layer", reduction=4), positions=49)
+    method, _ = placed(DyNet(4, router="layer", reduction=4), 49, CACHED)
     assert method == DyNet(2, router="layer", reduction=4)
 
 
 def test_reasons_give_the_numbers() -> None:
-    assert (
-        placed(DyNet(4), 49)[1] == "g 4 -> 2: assembling 4 kernels on 49 positions costs 8.2 % of the conv, above 6.2 %"
+    assert placed(DyNet(4), 49, CACHED)[1] == (
+        "g 4 -> 2: mixing 0.1 MB of kernels, cached, takes 26 % of the conv (49 positions), above 20 %"
     )
-    static = "static: assembling 4 kernels on 16 positions costs 25.0 % of the conv, above 6.2 %, and 2 would too"
-    assert placed(DyNet(4), 16)[1] == static
+    assert placed(DyNet(4), 49, STREAMED)[1] == (
+        "static: mixing 9.4 MB of kernels, from memory, takes 91 % of the conv (49 positions), above 20 %"
+    )
     assert "depthwise, 72 weights" in placed(DyNet(4), 196, DEPTHWISE)[1]
+    assert placed(DyNet(4), 9, ConvSpec(16, 16, (3, 3)))[1].startswith("static: tiny, 20,736 multiply-adds")
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [(64, 0), (65, 16), (256, 64)])
+def test_a_large_router_gets_a_hidden_layer(channels: int, hidden: int) -> None:
+    """64 channels times 64 outputs of 4 kernels each, four layers: 65,536 weights, the most of one linear layer."""
+    sites = [ConvSite(str(i), ConvSpec(channels, 64, (1, 1)), 3136) for i in range(4)]
+    owner = DyNet(4).build(sites)[0]
+    assert (owner.squeeze.reduce.out_features if owner.squeeze.reduce else 0) == hidden
+    assert [sum(p.numel() for p in layer.parameters()) for layer in DyNet(4).build(sites)] == DyNet(4).params(sites)
 
 
 def test_depthwise_stays_static_unless_told_otherwise() -> None:

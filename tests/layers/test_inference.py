@@ -1,0 +1,162 @@
+"""The shipped form of dynamic layers: the same numbers, one router per block, kernels that can be kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import networks
+from dyncompress.conversion import convert
+from dyncompress.errors import CheckpointError, DynCompressError
+from dyncompress.folding import fold
+from dyncompress.layers import ConvSite, ConvSpec, DyNet
+from dyncompress.layers.inference import BlockRouter, ShippedConv, reuse_kernels
+from dyncompress.planning import make_plan
+
+BLOCK = [
+    ConvSpec(12, 16, (3, 3), padding=(1, 1)),
+    ConvSpec(16, 24, (1, 1)),
+    ConvSpec(24, 12, (1, 1), bias=False),
+    ConvSpec(12, 12, (3, 3), padding="same", padding_mode="reflect", groups=12),
+    ConvSpec(12, 8, (2, 2), stride=(2, 2)),
+]
+
+
+def block(method: DyNet) -> list[nn.Module]:
+    """Layers of one block with routers that matter, in double precision."""
+    torch.manual_seed(0)
+    layers = method.build([ConvSite(f"conv{i}", spec, 64) for i, spec in enumerate(BLOCK)])
+    for layer in layers:
+        nn.init.normal_(layer.router.weight)
+        nn.init.normal_(layer.router.bias)
+    return [layer.double().eval() for layer in layers]
+
+
+def through(layers: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def shipped(layers: list[nn.Module]) -> list[nn.Module]:
+    return type(layers[0]).shipped(layers)
+
+
+@pytest.mark.parametrize("g", [2, 4, 64])  # few products and many: kernels are mixed in two ways
+@pytest.mark.parametrize("reduction", [0, 2])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_a_shipped_block_computes_the_same(g, reduction, batch):
+    layers = block(DyNet(g, reduction=reduction, placement="all"))
+    x = torch.randn(batch, 12, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = through(layers, x), through(shipped(layers), x)
+    assert expected.shape == (batch, 8, 4, 4)
+    assert torch.allclose(expected, found, rtol=1e-10, atol=1e-12)
+
+
+def test_layers_with_routers_of_their_own_stay_apart():
+    layers = block(DyNet(3, router="layer", placement="all"))
+    alone = [shipped([layer])[0] for layer in layers]
+    x = torch.randn(2, 12, 8, 8, dtype=torch.float64)
+    assert torch.allclose(through(layers, x), through(alone, x), rtol=1e-10, atol=1e-12)
+
+
+def test_a_block_has_one_router_of_one_product():
+    layers = shipped(block(DyNet(4, placement="all")))
+    routers = [m for layer in layers for m in layer.modules() if isinstance(m, BlockRouter)]
+    assert [tuple(r.weight.shape) for r in routers] == [(4 * (16 + 24 + 12 + 12 + 8), 12)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_broken_pixel_breaks_what_it_touches_and_no_more(value):
+    layer = shipped(block(DyNet(4, placement="all"))[:1])[0].float()
+    x = torch.zeros(1, 12, 8, 8)
+    x[0, 0, 0, 0] = value
+    assert layer(x)[..., 3:, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coefficients_stay_in_fp32(dtype):
+    layer = shipped(block(DyNet(4, placement="all"))[:1])[0]
+    x = torch.randn(1, 12, 8, 8).to(dtype)
+    assert layer.to(dtype).router(x).dtype == torch.float32
+    assert layer(x).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float().router(x.float()).dtype == torch.float32
+        assert layer(x.float()).dtype == torch.bfloat16
+
+
+def test_autocast_mixes_kernels_in_full_precision():
+    layer = shipped(block(DyNet(64, placement="all"))[:1])[0].float()
+    eta = torch.rand(1, 64 * 16)
+    expected = layer._mix(eta)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer._mix(eta), expected)
+
+
+def student():
+    net, x = networks.make(networks.Residual)
+    made = convert(net, make_plan(net, x, "60%")).eval()
+    for name, p in made.named_parameters():
+        if "router" in name:
+            nn.init.normal_(p, std=0.3)
+    return made, x
+
+
+def test_kept_kernels_are_those_of_the_first_image():
+    made, x = student()
+    folded = fold(made)
+    first, second = torch.randn(1, *x.shape[1:]), torch.randn(3, *x.shape[1:])
+    with torch.no_grad():
+        fresh = folded(second)
+        with reuse_kernels(folded):
+            alone = folded(first)
+            kept = folded(second)
+            again = folded(first)
+        after = folded(second)
+    assert torch.equal(again, alone)
+    assert torch.allclose(alone, made(first), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(kept, fresh, rtol=1e-3)
+    assert torch.equal(after, fresh)
+
+
+def test_kept_kernels_ask_no_router(monkeypatch):
+    folded = fold(student()[0])
+    x = torch.randn(1, 3, 16, 16)
+    calls = []
+    forward = BlockRouter.forward
+    monkeypatch.setattr(BlockRouter, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    with torch.no_grad(), reuse_kernels(folded):
+        folded(x)
+        blocks = len(calls)
+        folded(x)
+    assert len(calls) == blocks > 0
+
+
+def test_kernels_are_kept_of_one_image_only():
+    folded = fold(student()[0])
+    with (
+        reuse_kernels(folded),
+        pytest.raises(DynCompressError, match=r"a batch of 2 .* run the network on a batch of 1"),
+    ):
+        folded(torch.randn(2, 3, 16, 16))
+    with pytest.raises(DynCompressError, match="fold the student first"), reuse_kernels(student()[0]):
+        pass
+
+
+def test_a_folded_network_can_be_copied_and_says_what_it_is():
+    folded = fold(student()[0])
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(copy.deepcopy(folded)(x), folded(x))
+    layer = next(m for m in folded.modules() if isinstance(m, ShippedConv))
+    assert str(layer).startswith("ShippedConv(\n  dynet, ") and "g=4, as shipped" in str(layer)
+
+
+def test_a_folded_network_is_not_taken_for_a_student(tmp_path):
+    from dyncompress.bundle import save
+
+    with pytest.raises(CheckpointError, match="carries no plan"):
+        save(fold(student()[0]), tmp_path / "student.safetensors")
