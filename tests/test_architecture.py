@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = """
     errors files typed
-    layers.spec layers.method layers.execution layers.router layers.static layers.inference layers.dynet layers
+    layers.spec layers.method layers.mixing layers.recompute layers.execution layers.router layers.static layers.inference layers.dynet layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
     tracing cost importance marginal budget planfile plan
     allocation knapsack selection conversion folding distillation latency evaluation taylor ranking sensitivity
     allocator provenance latencytable prediction worth pacing planning
-    plotting arms report tracking bundle checkpoint
+    plotting arms report tracking bundle formats exporting checkpoint
     host student patch restoring inputs teaching callback
     recipe subject loggers runner cli __main__
 """.split()

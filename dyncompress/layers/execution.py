@@ -18,23 +18,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dyncompress.layers.mixing import assemble, autocasts
+from dyncompress.layers.recompute import Shapes, convolve_batch
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["Strategy", "assemble", "choose", "convolve", "dynamic_conv", "full_precision", "run_as"]
+__all__ = ["Strategy", "choose", "convolve", "dynamic_conv", "run_as"]
 
 Strategy = Literal["single", "grouped", "bmm", "features", "scan"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 # Kernels of one chunk stay in the cache: whole batches of them cost more in page faults than in arithmetic.
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES, _CHUNK_IMAGES = 4 << 20, 4
 # On a small map, preparing each image's kernel for a convolution costs more than the convolution. All kernels
 # on all images cost g static convolutions, no more: less from these sizes on (training, 64 images, 256
 # channels, 3x3 on 7x7, g = 2: 1.8 times the static convolution, against 4.2 in groups; one CPU thread).
@@ -43,33 +45,6 @@ _SMALL_MAP = 200  # g * positions
 _LARGE_BATCH = 16
 
 _forced: Strategy | None = None
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off on the device of ``x``, for coefficients and for mixing kernels."""
-    try:
-        enabled = torch.is_autocast_enabled(x.device.type)
-    except RuntimeError:  # a device that knows no autocast, such as "meta"
-        enabled = False
-    # No context where none is needed: it would clutter exported graphs.
-    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
-
-
-def assemble(bank: Tensor, eta: Tensor) -> Tensor:
-    """Kernels of each image: kernels[b, t] = sum_i eta[b, t, i] * bank[t, i].
-
-    One batched matrix product, so that torch's FLOP counter sees its g * P multiply-adds per image.
-
-    Args:
-        bank: [out, g, in / groups, *kernel].
-        eta: [B, out, g], any floating dtype.
-
-    Returns:
-        [B, out, in / groups, *kernel] in the dtype of the bank.
-    """
-    with full_precision(bank):
-        mixed = torch.bmm(eta.to(bank.dtype).transpose(0, 1), bank.flatten(2))
-    return mixed.transpose(0, 1).reshape(eta.shape[0], bank.shape[0], *bank.shape[2:])
 
 
 def dynamic_conv(
@@ -96,10 +71,14 @@ def dynamic_conv(
     strategy = strategy or _forced or choose(x, bank, spec)
     if strategy == "features":
         return _features(x, bank, eta, bias, spec)
-    size = _chunk(bank)
-    # A chunk loop would fix the batch size of a traced graph; the compiler plans memory itself.
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= size:
+    # A chunk loop would fix the batch size of a traced graph, and the compiler plans memory itself.
+    size = x.shape[0] if torch.compiler.is_compiling() else _chunk(bank)
+    if x.shape[0] <= size or strategy not in ("grouped", "bmm"):
         return _run(strategy, x, assemble(bank, eta), bias, spec)
+    if x.device.type != "cpu":
+        size = x.shape[0]  # one launch; what remains is to keep no kernels for backward
+    if torch.is_grad_enabled() and (bank.requires_grad or eta.requires_grad):
+        return _recomputing(strategy, x, bank, eta, bias, spec, size)
     chunks = zip(x.split(size), eta.split(size), strict=True)
     return torch.cat([_run(strategy, part, assemble(bank, mix), bias, spec) for part, mix in chunks])
 
@@ -140,7 +119,7 @@ def choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
 
 def _chunk(bank: Tensor) -> int:
     """Images whose assembled kernels fill one chunk."""
-    return max(1, _CHUNK_BYTES * bank.shape[1] // (bank.numel() * bank.element_size()))
+    return max(_CHUNK_IMAGES, _CHUNK_BYTES * bank.shape[1] // (bank.numel() * bank.element_size()))
 
 
 def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
@@ -155,12 +134,26 @@ def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, sp
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, groups: int) -> Tensor:
     """A plain convolution with any padding; ``groups`` may be those of the spec times the batch."""
-    padding = spec.even_pads
-    if padding is None:
-        mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-        x = F.pad(x, [side for pair in reversed(spec.pads) for side in pair], mode=mode)
-        padding = (0,) * spec.ndim
+    x, padding = _padded(x, spec)
     return _CONV[spec.ndim](x, weight, bias, spec.stride, padding, spec.dilation, groups)
+
+
+def _padded(x: Tensor, spec: ConvSpec) -> tuple[Tensor, tuple[int, ...]]:
+    """The input, and the zeros that its convolution is to add on both sides."""
+    if spec.even_pads is not None:
+        return x, spec.even_pads
+    mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+    return F.pad(x, [side for pair in reversed(spec.pads) for side in pair], mode=mode), (0,) * spec.ndim
+
+
+def _recomputing(
+    strategy: Strategy, x: Tensor, bank: Tensor, eta: Tensor, bias: Tensor | None, spec: ConvSpec, chunk: int
+) -> Tensor:
+    if autocasts(x):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x, padding = _padded(x, spec)
+    shapes = Shapes(spec.stride, padding, spec.dilation, spec.groups, strategy == "bmm", chunk)
+    return _with_bias(convolve_batch(x, bank, eta, shapes), bias)
 
 
 def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
@@ -177,9 +170,7 @@ def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) ->
 
 def _pointwise(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.bmm(kernels.flatten(2), x.flatten(2))
-    if bias is not None:
-        out = out + bias.to(out.dtype).unsqueeze(1)
-    return out.reshape(x.shape[0], -1, *x.shape[2:])
+    return _with_bias(out.reshape(x.shape[0], -1, *x.shape[2:]), bias)
 
 
 def _scan(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
@@ -197,4 +188,8 @@ def _features(x: Tensor, bank: Tensor, eta: Tensor, bias: Tensor | None, spec: C
     maps = convolve(x, bank.flatten(0, 1), None, spec, spec.groups)
     maps = maps.reshape(*eta.shape, *maps.shape[2:])
     out = (maps * eta.reshape(*eta.shape, *(1,) * spec.ndim)).sum(2).to(maps.dtype)
-    return out if bias is None else out + bias.to(out.dtype).reshape(-1, *(1,) * spec.ndim)
+    return _with_bias(out, bias)
+
+
+def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias.to(out.dtype).reshape(-1, *(1,) * (out.ndim - 2))

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError
-from dyncompress.layers.execution import convolve, dynamic_conv, full_precision
+from dyncompress.layers.execution import convolve, dynamic_conv
 from dyncompress.layers.method import DynamicConv
+from dyncompress.layers.mixing import full_precision
 from dyncompress.layers.router import LIMIT, Handover
 from dyncompress.layers.spec import ConvSpec
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dyncompress.errors import DynCompressError
-from dyncompress.layers.execution import full_precision
+from dyncompress.layers.mixing import full_precision
 
 __all__ = ["LIMIT", "Handover", "RouterLinear", "Squeeze"]
 
