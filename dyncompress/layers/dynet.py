@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.execution import dynamic_conv
-from dyncompress.layers.inference import BlockRouter, ShippedConv
+from dyncompress.layers.inference import BlockRouter, ShippedConv, arranged
 from dyncompress.layers.method import DynamicConv, Method, register_method
 from dyncompress.layers.router import Handover, RouterLinear, Squeeze
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
@@ -293,17 +293,16 @@ class DyNetConv(DynamicConv):
         first, handover = layers[0], Handover(len(layers) - 1) if len(layers) > 1 else None
         assert first.squeeze is not None
         reduce = first.squeeze.reduce
-        # Rows of a layer stand kernel by kernel, as its bank does.
-        rows = [layer.router.weight.unflatten(0, (-1, layer.g)).transpose(0, 1).flatten(0, 1) for layer in layers]
-        biases = [layer.router.bias.unflatten(0, (-1, layer.g)).t().flatten() for layer in layers]
+        weights = [arranged(layer.router.weight, layer.bank) for layer in layers]
+        biases = [arranged(layer.router.bias, layer.bank) for layer in layers]
         hidden = None if reduce is None else (reduce.weight, reduce.bias)
-        router = BlockRouter(torch.cat(rows), torch.cat(biases), hidden)
+        router = BlockRouter(torch.cat(weights), torch.cat(biases), hidden)
         made: list[nn.Module] = []
         start = 0
-        for index, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
-            place = (start, start := start + len(bias))
+        for index, layer in enumerate(layers):
             own, reader = (router, None) if index == 0 else (None, index - 1)
-            made.append(ShippedConv(layer.spec, layer.bank, layer.bias, place, own, handover, reader, cls.method))
+            made.append(ShippedConv(layer.spec, layer.bank, layer.bias, start, own, handover, reader, cls.method))
+            start += len(biases[index])
         return made
 
     def extra_repr(self) -> str:

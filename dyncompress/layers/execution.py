@@ -29,11 +29,11 @@ from dyncompress.layers.mixing import assemble, autocasts
 from dyncompress.layers.recompute import Shapes, convolve_batch
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["Strategy", "choose", "convolve", "dynamic_conv", "run_as"]
+__all__ = ["CONV", "Strategy", "choose", "convolve", "dynamic_conv", "run_as"]
 
 Strategy = Literal["single", "grouped", "bmm", "features", "scan"]
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 # Kernels of one chunk stay in the cache: whole batches of them cost more in page faults than in arithmetic.
 _CHUNK_BYTES, _CHUNK_IMAGES = 4 << 20, 4
@@ -135,7 +135,7 @@ def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, sp
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, groups: int) -> Tensor:
     """A plain convolution with any padding; ``groups`` may be those of the spec times the batch."""
     x, padding = _padded(x, spec)
-    return _CONV[spec.ndim](x, weight, bias, spec.stride, padding, spec.dilation, groups)
+    return CONV[spec.ndim](x, weight, bias, spec.stride, padding, spec.dilation, groups)
 
 
 def _padded(x: Tensor, spec: ConvSpec) -> tuple[Tensor, tuple[int, ...]]:

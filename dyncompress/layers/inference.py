@@ -10,7 +10,6 @@ The same numbers as the layers that it is made of, by fewer and cheaper calls:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError
-from dyncompress.layers.execution import convolve, dynamic_conv
+from dyncompress.layers.execution import CONV, convolve, dynamic_conv
 from dyncompress.layers.method import DynamicConv
 from dyncompress.layers.mixing import full_precision
 from dyncompress.layers.router import LIMIT, Handover
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["BlockRouter", "ShippedConv", "reuse_kernels"]
+__all__ = ["BlockRouter", "ShippedConv", "arranged", "reuse_kernels"]
 
 # torch multiplies matrices with fewer products than this in a plain loop, ten times slower than elementwise arithmetic.
 _SMALL_PRODUCT = 400
+_SPACE = {3: (2,), 4: (2, 3), 5: (2, 3, 4)}  # spatial dimensions by the number of all
 
 
 class BlockRouter(nn.Module):
@@ -53,26 +53,24 @@ class BlockRouter(nn.Module):
     hidden_bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input [B, channels, *size] -> coefficients [B, rows]."""
-        with full_precision(x):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            # A mean is a sum and a slow division; the product with the weights divides as well.
-            h = x.sum(dim=tuple(range(2, x.ndim)), dtype=dtype).nan_to_num(0.0, LIMIT, -LIMIT)  # as in Squeeze
-            share = 1 / math.prod(x.shape[2:])
-            if self.hidden_weight is not None:
-                h, share = _affine(h, self.hidden_weight, self.hidden_bias, share).relu(), 1.0
-            return _affine(h, self.weight, self.bias, share).sigmoid()
+        """Input [B, channels, *size] -> coefficients [B, rows]; to be called with autocast off."""
+        # A mean is a sum and a slow division; the product with the weights divides as well.
+        share = x.shape[0] * x.shape[1] / x.numel()
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        h = x.sum(dim=_SPACE[x.ndim], dtype=dtype).nan_to_num(0.0, LIMIT, -LIMIT)  # as in Squeeze
+        if self.hidden_weight is not None:
+            h, share = _affine(h, self.hidden_weight, self.hidden_bias, share).relu(), 1.0
+        return _affine(h, self.weight, self.bias, share).sigmoid()
 
 
 class ShippedConv(DynamicConv):
-    """A convolution that mixes its kernels from a bank [g, out, in / groups, *kernel].
+    """A convolution that mixes its kernels from a bank.
 
     Args:
         spec: Its shapes.
         bank: [out, g, in / groups, *kernel].
         bias: [out], or None.
-        rows: First and last + 1 of the block's coefficients that are this layer's; it has g of each output channel,
-            those of one kernel after the other.
+        first: Where its coefficients begin among those of the block; there are out * g, in the order of `arranged`.
         router: Predicts the block's coefficients from this layer's input; None for a layer that reads another's.
         handover: What the layers of a block share; None for a layer on its own.
         reader: This layer's place in the handover; None for the layer that writes.
@@ -84,7 +82,7 @@ class ShippedConv(DynamicConv):
         spec: ConvSpec,
         bank: Tensor,
         bias: Tensor | None,
-        rows: tuple[int, int],
+        first: int,
         router: BlockRouter | None,
         handover: Handover | None,
         reader: int | None,
@@ -92,11 +90,15 @@ class ShippedConv(DynamicConv):
     ) -> None:
         super().__init__(spec)
         self.method = method  # type: ignore[misc]
-        self.bank = _constant(bank.transpose(0, 1).contiguous())
+        self.by_product = is_product(bank)
+        stacked = bank.detach().flatten(2).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        self.bank = nn.Parameter(stacked.transpose(0, 1) if self.by_product else stacked, requires_grad=False)
         self.register_parameter("bias", None if bias is None else _constant(bias))
-        self.rows, self.router, self.handover, self.reader = rows, router, handover, reader
-        self._by_product = bank[0].numel() >= _SMALL_PRODUCT
-        self._by_conv = not spec.is_pointwise or bias is None  # asked once: a spec computes its answers
+        self.router, self.handover, self.reader = router, handover, reader
+        self.first, self.count, self.g = first, bank.shape[0] * bank.shape[1], bank.shape[1]
+        # Asked once, since a spec computes its answers.
+        self._weight_shape, self._pads, self._dims = spec.weight_shape, spec.even_pads, spec.ndim + 2
+        self._pointwise = spec.is_pointwise and bias is not None
         self._reuse, self._kernel = False, None
 
     bias: nn.Parameter | None
@@ -104,51 +106,75 @@ class ShippedConv(DynamicConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
-        self.check_input(x)
+        if x.ndim != self._dims or x.shape[1] != self.in_channels:
+            self.check_input(x)
         kernel = self._kernel
         if kernel is None:
-            eta = self._coefficients(x)
-            if x.shape[0] != 1 or torch.compiler.is_compiling():
-                if self._reuse:
-                    raise DynCompressError(
-                        f"reuse_kernels met a batch of {x.shape[0]} first; the kernels that are reused are those of one"
-                        " image: run the network on a batch of 1 before the others"
-                    )
-                eta = eta.reshape(-1, *self.bank.shape[:2]).transpose(1, 2)
-                return dynamic_conv(x, self.bank.transpose(0, 1), eta, self.bias, self.spec)
-            kernel = self._mix(eta)
+            alone = x.shape[0] == 1 and not torch.compiler.is_compiling()
+            if self._reuse and not alone:
+                raise DynCompressError(
+                    f"reuse_kernels met a batch of {x.shape[0]} first; the kernels that are reused are those of one"
+                    " image: run the network on a batch of 1 before the others"
+                )
+            with full_precision(x):
+                eta = self._coefficients(x)
+                kernel = self._mix(eta) if alone else None
+            if kernel is None:
+                return dynamic_conv(x, *self._as_trained(eta), self.bias, self.spec)
             if self._reuse:
                 self._kernel = kernel
-        if self._by_conv or x.shape[0] != 1:
-            return convolve(x, kernel, self.bias, self.spec, self.spec.groups)
-        assert self.bias is not None
-        out = torch.baddbmm(self.bias.view(1, -1, 1), kernel.flatten(1).unsqueeze(0), x.flatten(2))
-        return out.view(1, -1, *x.shape[2:])
+        bias = self.bias
+        if self._pointwise and x.shape[0] == 1:
+            assert bias is not None
+            size = x.shape[2:]
+            return torch.baddbmm(bias.view(1, -1, 1), kernel.view(1, -1, x.shape[1]), x.flatten(2)).view(1, -1, *size)
+        if self._pads is None:
+            return convolve(x, kernel, bias, self.spec, self.groups)
+        return CONV[self._dims - 2](x, kernel, bias, self.stride, self._pads, self.dilation, self.groups)
 
     def _coefficients(self, x: Tensor) -> Tensor:
-        """This layer's coefficients [B, g * out]."""
-        if self.router is not None:
-            eta: Tensor = self.router(x)
-            if self.handover is not None:
-                self.handover.put(eta)
+        """This layer's coefficients [B, out * g]."""
+        router, handover = self.router, self.handover
+        if router is not None:
+            eta: Tensor = router(x)
+            if handover is None:
+                return eta
+            handover.put(eta)
         else:
-            assert self.handover is not None and self.reader is not None
-            eta = self.handover.take(self.reader, x)
-        return eta[:, self.rows[0] : self.rows[1]]
+            assert handover is not None and self.reader is not None
+            eta = handover.take(self.reader, x)
+        return eta.narrow(1, self.first, self.count)
 
     def _mix(self, eta: Tensor) -> Tensor:
-        """The kernel [out, in / groups, *kernel] of one image; eta [1, g * out]."""
-        g, out = self.bank.shape[:2]
-        eta = eta.to(self.bank.dtype)
-        with full_precision(eta):
-            if self._by_product:
-                mixed = torch.bmm(eta.view(g, out, 1).permute(1, 2, 0), self.bank.flatten(2).transpose(0, 1))
-                return mixed.view(self.bank.shape[1:])
-            return (self.bank * eta.view(g, out, *(1,) * (self.bank.ndim - 2))).sum(0)
+        """The kernel [out, in / groups, *kernel] of one image; eta [1, out * g]."""
+        bank = self.bank
+        if eta.dtype != bank.dtype:
+            eta = eta.to(bank.dtype)
+        if self.by_product:
+            return torch.bmm(eta.view(-1, 1, self.g), bank).view(self._weight_shape)
+        return (bank * eta.view(self.g, -1, 1)).sum(0).view(self._weight_shape)
+
+    def _as_trained(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """Bank [out, g, in / groups, *kernel] and coefficients [B, out, g]."""
+        bank = (self.bank if self.by_product else self.bank.transpose(0, 1)).unflatten(2, self._weight_shape[1:])
+        return bank, eta.unflatten(1, (-1, self.g)) if self.by_product else eta.unflatten(1, (self.g, -1)).mT
 
     def extra_repr(self) -> str:
         """Method, shapes and g."""
-        return f"{super().extra_repr()}, g={self.bank.shape[0]}, as shipped"
+        return f"{super().extra_repr()}, g={self.g}, as shipped"
+
+
+def is_product(bank: Tensor) -> bool:
+    """Whether a bank [out, g, ...] is mixed by matrix products, or else by elementwise arithmetic."""
+    return bank[0].numel() >= _SMALL_PRODUCT
+
+
+def arranged(rows: Tensor, bank: Tensor) -> Tensor:
+    """Rows of a router, [out * g, ...] channel by channel, in the order in which the bank is mixed.
+
+    Elementwise arithmetic goes kernel by kernel, products channel by channel.
+    """
+    return rows if is_product(bank) else rows.unflatten(0, bank.shape[:2]).transpose(0, 1).flatten(0, 1)
 
 
 @contextmanager
