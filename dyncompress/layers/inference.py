@@ -28,6 +28,11 @@ __all__ = ["BlockRouter", "ShippedConv", "arranged", "reuse_kernels"]
 # torch multiplies matrices with fewer products than this in a plain loop, ten times slower than elementwise arithmetic.
 _SMALL_PRODUCT = 400
 _SPACE = {3: (2,), 4: (2, 3), 5: (2, 3, 4)}  # spatial dimensions by the number of all
+_IMAGE = {
+    3: (0, 2),
+    4: (0, 2, 3),
+    5: (0, 2, 3, 4),
+}  # and that of the batch, which is 1: vectors are faster than matrices
 
 
 class BlockRouter(nn.Module):
@@ -47,20 +52,20 @@ class BlockRouter(nn.Module):
         for name, value in (("weight", weight), ("bias", bias), ("hidden_weight", first), ("hidden_bias", offset)):
             self.register_parameter(name, None if value is None else _constant(value))
 
-    weight: Tensor
-    bias: Tensor
-    hidden_weight: Tensor | None
-    hidden_bias: Tensor | None
-
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, channels, *size] -> coefficients [B, rows]; to be called with autocast off."""
+        # Straight from the dictionary: for parameters, attribute access takes as long as a small op.
+        weight, bias, hidden, offset = self._parameters.values()
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        alone = x.shape[0] == 1 and not torch.compiler.is_compiling()
         # A mean is a sum and a slow division; the product with the weights divides as well.
         share = x.shape[0] * x.shape[1] / x.numel()
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        h = x.sum(dim=_SPACE[x.ndim], dtype=dtype).nan_to_num(0.0, LIMIT, -LIMIT)  # as in Squeeze
-        if self.hidden_weight is not None:
-            h, share = _affine(h, self.hidden_weight, self.hidden_bias, share).relu(), 1.0
-        return _affine(h, self.weight, self.bias, share).sigmoid()
+        h = x.sum(dim=(_IMAGE if alone else _SPACE)[x.ndim], dtype=dtype).nan_to_num(
+            0.0, LIMIT, -LIMIT
+        )  # as in Squeeze
+        if hidden is not None:
+            h, share = _affine(h, hidden, offset, share).relu(), 1.0
+        return _affine(h, weight, bias, share).sigmoid().view(x.shape[0], -1)
 
 
 class ShippedConv(DynamicConv):
@@ -94,7 +99,8 @@ class ShippedConv(DynamicConv):
         stacked = bank.detach().flatten(2).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         self.bank = nn.Parameter(stacked.transpose(0, 1) if self.by_product else stacked, requires_grad=False)
         self.register_parameter("bias", None if bias is None else _constant(bias))
-        self.router, self.handover, self.reader = router, handover, reader
+        self.add_module("router", router)
+        self.handover, self.reader = handover, reader
         self.first, self.count, self.g = first, bank.shape[0] * bank.shape[1], bank.shape[1]
         # Asked once, since a spec computes its answers.
         self._weight_shape, self._pads, self._dims = spec.weight_shape, spec.even_pads, spec.ndim + 2
@@ -123,7 +129,7 @@ class ShippedConv(DynamicConv):
                 return dynamic_conv(x, *self._as_trained(eta), self.bias, self.spec)
             if self._reuse:
                 self._kernel = kernel
-        bias = self.bias
+        bias = self._parameters["bias"]
         if self._pointwise and x.shape[0] == 1:
             assert bias is not None
             size = x.shape[2:]
@@ -134,9 +140,9 @@ class ShippedConv(DynamicConv):
 
     def _coefficients(self, x: Tensor) -> Tensor:
         """This layer's coefficients [B, out * g]."""
-        router, handover = self.router, self.handover
+        router, handover = self._modules["router"], self.handover
         if router is not None:
-            eta: Tensor = router(x)
+            eta: Tensor = router.forward(x)
             if handover is None:
                 return eta
             handover.put(eta)
@@ -147,7 +153,8 @@ class ShippedConv(DynamicConv):
 
     def _mix(self, eta: Tensor) -> Tensor:
         """The kernel [out, in / groups, *kernel] of one image; eta [1, out * g]."""
-        bank = self.bank
+        bank = self._parameters["bank"]
+        assert bank is not None
         if eta.dtype != bank.dtype:
             eta = eta.to(bank.dtype)
         if self.by_product:
@@ -208,7 +215,11 @@ def _constant(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, share: float) -> Tensor:
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, share: float) -> Tensor:
     """The affine map of a mean, given the sum: share * x W^T + b."""
-    assert bias is not None
-    return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), alpha=share)
+    assert weight is not None and bias is not None
+    if weight.dtype != x.dtype:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if x.ndim == 1:
+        return torch.addmv(bias, weight, x, alpha=share)
+    return torch.addmm(bias, x, weight.t(), alpha=share)
