@@ -18,3 +18,7 @@ exits = pytest.mark.skipif(
 writes_onnx = pytest.mark.skipif(
     "optimize" not in signature(torch.onnx.export).parameters, reason="torch has this ONNX exporter since 2.6"
 )
+compiles = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
+    reason="torch packages compiled programs like this since 2.6",
+)

@@ -7,10 +7,9 @@ from torch import nn
 import networks
 from dyncompress import bundle
 from dyncompress.conversion import convert, plan_of
-from dyncompress.errors import CheckpointError, ExportError, PlanError
+from dyncompress.errors import CheckpointError, PlanError
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
-from tests.newer import writes_onnx
 
 
 @pytest.fixture
@@ -75,43 +74,3 @@ def test_what_cannot_be_loaded_says_why(student, tmp_path):
     torch.save(networks.ZeroPad(), tmp_path / "pickled.pt")
     with pytest.raises(CheckpointError, match="weights only"):
         bundle.load(tmp_path / "pickled.pt", networks.ZeroPad())
-
-
-def test_exported_programs_take_any_batch(student, tmp_path):
-    net, x = student
-    path = bundle.export(net, tmp_path / "s.pt2", x)
-    program = torch.export.load(path).module()
-    more = torch.randn(5, 3, 16, 16)
-    assert torch.allclose(program(more), net(more), atol=1e-5)
-
-
-def test_an_earlier_onnx_exporter_is_refused(student, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, dynamo=False: None)
-    with pytest.raises(
-        ExportError, match=r"earlier ONNX exporter .* upgrade to torch 2\.6 or newer, or export to \*\.pt2"
-    ):
-        bundle.export(student[0], tmp_path / "s.onnx", student[1])
-    assert not any(tmp_path.iterdir())
-
-
-@writes_onnx
-def test_onnx_at_batch_one(student, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    net, x = student
-    path = bundle.export(net, tmp_path / "s.onnx", x)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    image = torch.randn(1, 3, 16, 16)
-    (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-    assert torch.allclose(torch.from_numpy(found), net(image), atol=1e-4)
-
-
-def test_a_wrong_file_is_not_returned(student, tmp_path, monkeypatch):
-    net, x = student
-    monkeypatch.setattr(
-        torch.export, "load", lambda path: type("P", (), {"module": lambda self: lambda x: net(x) + 1})()
-    )
-    with pytest.raises(ExportError, match=r"batch 1 differs from torch by .*nothing was written"):
-        bundle.export(net, tmp_path / "s.pt2", x)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ExportError, match=r"ends in '.tflite'; name the format by the ending: .onnx or .pt2"):
-        bundle.export(net, tmp_path / "s.tflite", x)
