@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = """
     errors files typed
-    layers.spec layers.method layers.mixing layers.recompute layers.execution layers.router layers.static layers.inference layers.dynet layers
+    layers.spec layers.method layers.mixing layers.recompute layers.fused layers.execution
+    layers.router layers.static layers.inference layers.dynet layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
     tracing cost importance marginal budget planfile plan
     allocation knapsack selection conversion folding distillation latency evaluation taylor ranking sensitivity

@@ -11,6 +11,7 @@ bmm        one matrix product per image                                 1x1, str
 grouped    the batch as groups of one convolution                       otherwise
 features   all kernels of the bank on every image, then the mix         large kernels on small maps; batch 0
 scan       a loop in the graph, one plain convolution per image         never by itself: for ONNX (:func:`run_as`)
+fused      one Triton kernel, which mixes on the chip (GPUs only)       never by itself, until it's measured on one
 ========== ============================================================ =====================================
 """
 
@@ -25,13 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dyncompress.layers.fused import fused_conv, unsupported
 from dyncompress.layers.mixing import assemble, autocasts
 from dyncompress.layers.recompute import Shapes, convolve_batch
 from dyncompress.layers.spec import ConvSpec
 
 __all__ = ["CONV", "Strategy", "choose", "convolve", "dynamic_conv", "run_as"]
 
-Strategy = Literal["single", "grouped", "bmm", "features", "scan"]
+Strategy = Literal["single", "grouped", "bmm", "features", "scan", "fused"]
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -69,6 +71,10 @@ def dynamic_conv(
         [B, out, *size'].
     """
     strategy = strategy or _forced or choose(x, bank, spec)
+    if strategy == "fused":
+        if not unsupported(x, bank, spec):
+            return _recomputing(strategy, x, bank, eta, bias, spec, x.shape[0])
+        strategy = choose(x, bank, spec)
     if strategy == "features":
         return _features(x, bank, eta, bias, spec)
     # A chunk loop would fix the batch size of a traced graph, and the compiler plans memory itself.
@@ -152,7 +158,10 @@ def _recomputing(
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     x, padding = _padded(x, spec)
-    shapes = Shapes(spec.stride, padding, spec.dilation, spec.groups, strategy == "bmm", chunk)
+    pointwise = spec.is_pointwise if strategy == "fused" else strategy == "bmm"
+    shapes = Shapes(spec.stride, padding, spec.dilation, spec.groups, pointwise, chunk)
+    if strategy == "fused":
+        return fused_conv(x, bank, eta, bias, shapes)
     return _with_bias(convolve_batch(x, bank, eta, shapes), bias)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dyncompress.layers.mixing import assemble
 
-__all__ = ["Shapes", "convolve_batch"]
+__all__ = ["Shapes", "convolve_batch", "gradients"]
 
 
 class Shapes(NamedTuple):
@@ -44,7 +44,7 @@ def convolve_batch(x: Tensor, bank: Tensor, eta: Tensor, shapes: Shapes) -> Tens
 
 
 class _Convolve(torch.autograd.Function):
-    """Forward keeps x, bank and eta. Backward is made of ops that have gradients, so that it has some itself."""
+    """Forward keeps x, bank and eta."""
 
     generate_vmap_rule = True
 
@@ -59,20 +59,28 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(ctx: Any, *of_out: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, bank, eta = ctx.saved_tensors
-        shapes: Shapes = ctx.shapes
-        of_x, of_eta, of_bank = [], [], torch.zeros_like(bank)
-        parts = zip(*(t.split(shapes.chunk) for t in (gradients[0], x, eta)), strict=True)
-        for gradient, part, mix in parts:
-            kernels = assemble(bank, mix).to(x.dtype)
-            for_x, for_kernels = _backward(gradient, part, kernels, shapes, ctx.needs_input_grad[0])
-            of_x.append(for_x)
-            # d kernels[b, t] = sum_i eta[b, t, i] d bank[t, i]: over images for the bank, over weights for eta.
-            rows = for_kernels.to(bank.dtype).flatten(2).transpose(0, 1)
-            of_bank = of_bank + torch.bmm(mix.to(bank.dtype).permute(1, 2, 0), rows).reshape(bank.shape)
-            of_eta.append(torch.bmm(rows, bank.flatten(2).transpose(1, 2)).transpose(0, 1).to(eta.dtype))
-        return torch.cat(of_x) if ctx.needs_input_grad[0] else None, of_bank, torch.cat(of_eta), None
+        return *gradients(of_out[0], x, bank, eta, ctx.shapes, ctx.needs_input_grad[0]), None
+
+
+def gradients(
+    of_out: Tensor, x: Tensor, bank: Tensor, eta: Tensor, shapes: Shapes, wanted: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of x (None, unless wanted), bank and eta, given that of the output; itself made of ops that have some.
+
+    d kernels[b, t] = sum_i eta[b, t, i] d bank[t, i]: summed over images for the bank, over weights for eta.
+    """
+    of_x, of_eta, of_bank = [], [], torch.zeros_like(bank)
+    parts = zip(*(t.split(shapes.chunk) for t in (of_out, x, eta)), strict=True)
+    for gradient, part, mix in parts:
+        kernels = assemble(bank, mix).to(x.dtype)
+        for_x, for_kernels = _backward(gradient, part, kernels, shapes, wanted)
+        of_x.append(for_x)
+        rows = for_kernels.to(bank.dtype).flatten(2).transpose(0, 1)
+        of_bank = of_bank + torch.bmm(mix.to(bank.dtype).permute(1, 2, 0), rows).reshape(bank.shape)
+        of_eta.append(torch.bmm(rows, bank.flatten(2).transpose(1, 2)).transpose(0, 1).to(eta.dtype))
+    return torch.cat(of_x) if wanted else None, of_bank, torch.cat(of_eta)
 
 
 def _forward(x: Tensor, kernels: Tensor, shapes: Shapes) -> Tensor:
