@@ -27,7 +27,7 @@ from dyncompress.cost import Choice, CostModel, narrow_spec, operation_macs, sta
 from dyncompress.errors import DynCompressError, PlanError, shown
 from dyncompress.graph import ConvGraph, Operation
 from dyncompress.layers import Static, get_method
-from dyncompress.planfile import AGAIN, LONGEST, SCHEMA, Document, Keep, kept, network_entry, ranges
+from dyncompress.planfile import AGAIN, LONGEST, SCHEMA, Document, Keep, Pace, kept, network_entry, ranges
 from dyncompress.typed import MOST
 
 
@@ -62,6 +62,7 @@ class Plan:
         target: What was asked, as text.
         allocation: How the widths were found: ``uniform``, ``importance``, ``sensitivity``, or ``edited``.
         importance: How channels were ranked: ``magnitude``, ``bn`` or ``taylor``.
+        latency: Predicted and measured time over the original's, where the target asked for it.
     """
 
     graph: ConvGraph
@@ -72,6 +73,7 @@ class Plan:
     target: str
     allocation: str
     importance: str = "magnitude"
+    latency: Pace | None = None
 
     # ---- numbers -------------------------------------------------------------------------------------------------
 
@@ -208,6 +210,12 @@ class Plan:
 
     def _told(self) -> str:
         told = [f"asked {a:.2%} of the {UNITS[limit.quantity]}, achieved {b:.2%}; " for limit, a, b in self.asked]
+        limit = Budget.parse(self.target).limit("latency")
+        if limit is not None and self.latency is not None:
+            told.append(
+                f"asked {limit.value:.0%} of the batch-1 latency, measured {self.latency.measured:.0%}, predicted"
+                f" {self.latency.predicted:.0%} ({self.latency.device}); "
+            )
         return "".join(told)
 
     def __str__(self) -> str:
@@ -233,6 +241,7 @@ class Plan:
                 "ratio": round(self.ratio, 6),
                 "asked": {limit.text: [round(a, 6), round(b, 6)] for limit, a, b in self.asked},
             },
+            **({} if self.latency is None else {"latency": dataclasses.asdict(self.latency)}),
             "groups": [
                 {"name": g.name, "channels": g.channels, "keep": k if isinstance(k, int) else ranges(k)}
                 for g, k in zip(self.graph.groups, self.keep, strict=True)
@@ -279,7 +288,8 @@ class Plan:
             raise PlanError(f"its layers are {named}; the network's are {shown(known)}: {AGAIN}")
         choices = tuple(Choice(e.name, get_method(e.method, **e.options), e.share, e.reason) for e in file.layers)
         keep = kept(graph.groups, file.groups)
-        plan = cls(graph, keep, choices, file.method, file.options, file.target, file.allocation, file.importance)
+        asked = (file.target, file.allocation, file.importance, file.latency)
+        plan = cls(graph, keep, choices, file.method, file.options, *asked)
         numbers = {"macs": [plan.macs_before, plan.macs_after], "params": [plan.params_before, plan.params_after]}
         for what, (before, after) in numbers.items():
             if not (0 < before <= MOST and 0 < after <= MOST):
@@ -289,7 +299,7 @@ class Plan:
                 )
         # a file that was edited tells other numbers than those that follow from it
         edited = numbers["macs"] != file.summary.get("macs")
-        return dataclasses.replace(plan, allocation="edited") if edited else plan
+        return dataclasses.replace(plan, allocation="edited", latency=None) if edited else plan
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; an existing file is replaced in one step, or not at all.

@@ -58,6 +58,15 @@ class LayerEntry:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Time of the student over that of the original at batch 1, where a target asked for it; it holds on one device."""
+
+    predicted: float
+    measured: float
+    device: str
+
+
+@dataclass(frozen=True)
 class NetworkEntry:
     """The channel graph."""
 
@@ -100,6 +109,7 @@ class Document:
     allocation: str
     importance: str
     summary: dict[str, Any]
+    latency: Pace | None
     groups: tuple[GroupEntry, ...]
     layers: tuple[LayerEntry, ...]
     network: NetworkEntry
@@ -149,7 +159,7 @@ def _current(data: dict[str, Any]) -> dict[str, Any]:
     counts; a convolution that ran several times could not become dynamic, so one that can ran once. Fields of before
     the last version of schema 1 have the values that they stood for.
     """
-    data = {"importance": "magnitude"} | data
+    data = {"importance": "magnitude", "latency": None} | data
     network = data.get("network")
     if data["schema"] != 1 or not isinstance(network, dict):
         return data

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from dyncompress.allocation import Widths, affordable, by_importance, near, uniform
 from dyncompress.budget import UNITS, Budget, Limit, Target, readable
-from dyncompress.conversion import convert
 from dyncompress.cost import Choice, CostModel, static_choices, widths
 from dyncompress.errors import BudgetError, PlanError, shown
-from dyncompress.evaluation import measure_latency
 from dyncompress.graph import ConvGraph, Operation, extent
 from dyncompress.importance import IMPORTANCES, best, importance
 from dyncompress.knapsack import allocate
+from dyncompress.latency import device_of
+from dyncompress.latencytable import Device, LatencyTable
 from dyncompress.layers import ConvSite, Method, Static, configured
 from dyncompress.marginal import Terms
+from dyncompress.pacing import Pacer
 from dyncompress.plan import Plan
+from dyncompress.prediction import Prediction
 from dyncompress.ranking import Ranking, check, rank
 from dyncompress.selection import Floors, Patterns, held, named, smallest
 from dyncompress.sensitivity import Sensitivity
 from dyncompress.taylor import Loss
 from dyncompress.tracing import Tracer, trace
+from dyncompress.worth import placed
 
 ALLOCATIONS = ("uniform", "importance", "sensitivity")
 
@@ -80,13 +84,17 @@ class Problem:
             name: f"static: asked by {pattern!r}" for name, pattern in named(net, graph, static, "static").items()
         }
         ignored = {name: f"ignored by {pattern!r}" for name, pattern in named(net, graph, ignore, "ignore").items()}
-        self.choices = [_choice(op, method, {**reasons, **ignored}, graph.anchor) for op in graph.convs]
+        self.place([_choice(op, method, {**reasons, **ignored}, graph.anchor) for op in graph.convs])
         self.full = widths(graph)
         kept = held(graph, ignored)
         least = smallest(net, graph, floors or {}, min_width)
         self.floors = [c if g in kept else floor for g, (c, floor) in enumerate(zip(self.full, least, strict=True))]
-        self.model = CostModel(graph, self.choices)
         self.before = CostModel(graph, static_choices(graph, Static()))
+
+    def place(self, choices: Sequence[Choice]) -> None:
+        """Have other methods for some convolutions."""
+        self.choices = list(choices)
+        self.model = CostModel(self.graph, self.choices)
 
     def reach(self, quantity: str = "macs") -> Reach:
         """The reachable range of MACs or parameters."""
@@ -165,6 +173,7 @@ def make_plan(
     floors: Floors | None = None,
     min_width: int = 8,
     tolerance: float = 0.01,
+    table: LatencyTable | None = None,
 ) -> Plan:
     """Decide a width and a method for every convolution; nothing is touched.
 
@@ -191,6 +200,8 @@ def make_plan(
             ``{"layer4.*": 0.5, "conv1": 24}``. With ``1.0`` a layer keeps its width and may still become dynamic.
         min_width: Channels that a group keeps at least (a quarter of the group, where that is less).
         tolerance: Relative distance from the target that still counts as landed, from below.
+        table: Measured times of layers. With one, layers are dynamic only where their time is worth it, whatever the
+            target; without, a target in latency has the one that is kept in the user's cache.
 
     Returns:
         The plan: ``print`` it, ``save`` it, edit it, `convert` with it.
@@ -225,6 +236,7 @@ def make_plan(
         raise BudgetError(f"tolerance {shown(tolerance)} is not between 0 and 1; 0.01 lands within 1% of the target")
     check(importance, batches, loss)
     method, tracer = _method(method, options), Tracer(net, example)
+    table = _table(net, table, timed=budget.limit("latency") is not None)
     scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
     while True:
         graph = tracer.graph
@@ -240,12 +252,29 @@ def make_plan(
             ranking=ranking,
             sensitivity=sensitivity,
         )
-        if budget.limit("latency") is not None:
-            plan = _solve_latency(net, example, problem, budget, allocation, tolerance)
-        else:
+        if table is None:
             plan = problem.solve(budget, allocation, tolerance)
-        if tracer.follows(plan.keep):  # if not, channels were pinned: fewer groups each turn
+        else:
+            plan = _paced(net, example, problem, budget, (allocation, tolerance), table, tracer)
+        if tracer.graph == graph and tracer.follows(plan.keep):  # if not, channels were pinned: fewer groups each turn
             return plan
+
+
+def _table(net: nn.Module, table: LatencyTable | None, timed: bool) -> LatencyTable | None:
+    """The table to plan with; the user's where none is given and the target is a time."""
+    if table is None:
+        dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+        return LatencyTable(Device.here(device_of(net), dtype)) if timed else None
+    if not isinstance(table, LatencyTable):
+        raise PlanError(
+            f"table {shown(table)} is no latency table; give a dyncompress.latencytable.LatencyTable, or none"
+        )
+    if timed and table.device.batch != 1:
+        raise PlanError(
+            f"the latency table is of batch {table.device.batch}, and a target in latency is for batch 1; give a table"
+            " of that, or none"
+        )
+    return table
 
 
 def _check_width(min_width: object) -> None:
@@ -333,41 +362,33 @@ def _multiples(graph: ConvGraph) -> list[int]:
     return found
 
 
-def _solve_latency(
-    net: nn.Module, example: Any, problem: Problem, budget: Budget, allocation: str, tolerance: float
+def _paced(
+    net: nn.Module,
+    example: Any,
+    problem: Problem,
+    budget: Budget,
+    how: tuple[str, float],
+    table: LatencyTable,
+    tracer: Tracer,
 ) -> Plan:
-    """The widest student that is fast enough, by halving the range of MACs and measuring a student each time.
+    """The plan for a limit on latency, or for others with banks only where the table says that they pay.
 
-    Only a measurement tells: time does not fall in step with MACs. Seven halvings place the MACs within 1 % of the
-    range, finer than the clock. Every student that is measured meets the other limits.
+    A plan that the network does not run with is returned as it is: the tracer has another graph then.
     """
-    wanted = budget.limit("latency")
-    assert wanted is not None
-    others = tuple(limit for limit in budget.limits if limit.quantity not in ("latency", "macs"))
-    reach = problem.reach()
-    asked = budget.limit("macs")
-    low, high = float(reach.lowest), float(min(reach.original, reach.highest))
-    if asked is not None:
-        problem.solve(Budget((asked, *others)), allocation, tolerance)  # raises where that alone is out of reach
-        high = min(high, asked.absolute(reach.original))
-    found: Plan | None = None
-    fastest = float("inf")
-    macs = low  # the narrowest student first: where it is too slow, nothing will do
-    for _ in range(8):
-        plan = problem.solve(Budget((Limit(macs, False, "macs", wanted.text), *others)), allocation, tolerance)
-        timed = measure_latency({"original": net, "student": convert(net, plan)}, example, batch_sizes=(1,))
-        ratio = timed["student"][1].ratio
-        fastest = min(fastest, ratio)
-        if ratio <= wanted.value:
-            found, low = plan, macs
-        elif found is None:
-            break
-        else:
-            high = macs
-        macs = (low + high) / 2
-    if found is None:
-        raise BudgetError(
-            f"target '{wanted.text}' can't be reached with method '{problem.method.name}': the fastest student that was"
-            f" measured takes {fastest:.0%} of the original's time at batch 1; ask for more, or try method 'static'"
-        )
-    return replace(found, target=str(budget))
+
+    def runs(plan: Plan) -> bool:
+        return tracer.follows(plan.keep)
+
+    prediction = Prediction(net, example, problem.graph, table)
+    if budget.limit("latency") is None:
+        first = problem.solve(budget, *how)
+        problem.place(placed(prediction, problem.model, first.widths))
+        return problem.solve(budget, *how)
+    pacer = Pacer(net, example, problem, prediction, budget, how)
+    if not runs(prediction.half):
+        return prediction.half
+    first = pacer.first()
+    if not runs(first):
+        return first
+    problem.place(placed(prediction, problem.model, first.widths))
+    return pacer.land(runs)
