@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 ZOO := .zoo/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow trust check format coverage mutants zoo matrix clean
+.PHONY: help install quickstart test test-slow trust check format coverage mutants zoo bench matrix clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -61,6 +61,9 @@ zoo: install $(ZOO)  ## what works on which of 391 networks, torch-pruning besid
 	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.zoo --peer --limit 60
 	$(BIN)/python -m benchmarks.table
+
+bench: install $(ZOO)  ## how fast it is: sections that have no results yet; BENCH="--fresh --only networks" and more of --help
+	$(BIN)/python -m benchmarks.speed $(BENCH)
 
 matrix: install  ## the tests with oldest and newest releases, and each Lightning package alone; downloads gigabytes
 	$(BIN)/python -m benchmarks.matrix

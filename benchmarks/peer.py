@@ -56,7 +56,18 @@ def attempt(report: Callable[[dict[str, Any]], None], name: str, targets: list[i
 
 
 def _search(net: nn.Module, example: Any, target: float, ranking: bool) -> dict[str, Any]:
-    """Interpolates the square root of the MACs, which falls about in step with the widths."""
+    ratio, reached, small = search(net, example, target, ranking)
+    wrong = same_form(small, net, example) or learns(small, net, example)
+    landed = abs(reached / target - 1) <= WITHIN
+    status = "wrong" if wrong and not wrong.startswith("n/a") else "ok" if landed else "missed"
+    return {"status": status, "reached": reached, "pruning ratio": ratio, "global": ranking, "reason": wrong}
+
+
+def search(net: nn.Module, example: Any, target: float, ranking: bool) -> tuple[float, float, nn.Module]:
+    """The network pruned as near to a share of its MACs as a few tries get: pruning ratio, share reached, network.
+
+    It interpolates the square root of the MACs, which falls about in step with the widths.
+    """
     original = measure_macs(net, example)
     outputs = _writers_of_the_output(net, example)
     low, high = (0.0, 1.0), (1.0, 0.0)  # (pruning ratio, root of what is left of the MACs)
@@ -75,11 +86,7 @@ def _search(net: nn.Module, example: Any, target: float, ranking: bool) -> dict[
         else:
             high = (ratio, math.sqrt(reached))
     assert best is not None
-    ratio, reached, small = best
-    wrong = same_form(small, net, example) or learns(small, net, example)
-    landed = abs(reached / target - 1) <= WITHIN
-    status = "wrong" if wrong and not wrong.startswith("n/a") else "ok" if landed else "missed"
-    return {"status": status, "reached": reached, "pruning ratio": ratio, "global": ranking, "reason": wrong}
+    return best
 
 
 def _pruned(net: nn.Module, example: Any, outputs: list[str], ratio: float, ranking: bool) -> nn.Module:

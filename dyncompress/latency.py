@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,9 +89,10 @@ def measure_latency(
     with _threads(threads), evaluating(*nets.values()), torch.inference_mode():
         for size in batch_sizes:
             inputs = move(resize_batch(example, size), device)
-            times = _interleave(list(nets.values()), inputs, device, rounds, warmup, budget_s)
+            passes = [partial(run, net, inputs) for net in nets.values()]
+            times = interleave(passes, device, rounds=rounds, warmup=warmup, budget_s=budget_s)
             for index, name in enumerate(nets):
-                found[name][size] = _summarise(times, index)
+                found[name][size] = summarise(times, index)
     return found
 
 
@@ -150,22 +152,38 @@ def move(value: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
 
 
-def _interleave(
-    nets: Sequence[nn.Module], inputs: Any, device: torch.device, rounds: int, warmup: int, budget_s: float
+def interleave(
+    passes: Sequence[Callable[[], Any]],
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    budget_s: float = 5.0,
 ) -> list[list[float]]:
-    """Seconds per pass, one list per round with one time per network."""
+    """Time anything that can be called, in rounds A B C ... C B A.
+
+    Args:
+        passes: What takes turns, each without arguments.
+        device: Where they compute; what is still under way there is waited for.
+        rounds: As for `measure_latency`, and so are ``warmup`` and ``budget_s``.
+        warmup: Untimed rounds before them.
+        budget_s: Seconds after which no further round starts.
+
+    Returns:
+        Seconds per pass: one list per round with one time per callable, the mean of its two passes.
+    """
     synchronize: Callable[[], None] = getattr(torch, device.type).synchronize  # does nothing on the CPU
 
-    def one_pass(net: nn.Module) -> float:
+    def one_pass(call: Callable[[], Any]) -> float:
         synchronize()
         start = time.perf_counter()
-        run(net, inputs)
+        call()
         synchronize()
         return time.perf_counter() - start
 
     def one_round() -> list[float]:
-        there = [one_pass(net) for net in nets]
-        back = [one_pass(net) for net in reversed(nets)]
+        there = [one_pass(call) for call in passes]
+        back = [one_pass(call) for call in reversed(passes)]
         return [(a + b) / 2 for a, b in zip(there, reversed(back), strict=True)]
 
     def repeat(most: int, least: int, seconds: float) -> list[list[float]]:
@@ -180,11 +198,17 @@ def _interleave(
     return repeat(rounds, MIN_ROUNDS, budget_s)
 
 
-def _summarise(times: Sequence[Sequence[float]], index: int) -> Latency:
+def summarise(times: Sequence[Sequence[float]], index: int, base: int = 0) -> Latency:
+    """What the rounds of `interleave` say of one callable against another.
+
+    Example:
+        >>> summarise([[1, 2], [1, 3], [2, 8], [1, 5], [1, 6]], 1)
+        Latency(median_ms=5000, ratio=4.0, iqr=2.0)
+    """
     own = [row[index] for row in times]
     median = statistics.median(own)
-    ratios = [row[index] / row[0] for row in times]
-    spread = [value / median for value in own] if index == 0 else ratios
+    ratios = [row[index] / row[base] for row in times]
+    spread = [value / median for value in own] if index == base else ratios
     low, _, high = statistics.quantiles(spread, n=4, method="inclusive")
     return Latency(median_ms=1000 * median, ratio=statistics.median(ratios), iqr=high - low)
 

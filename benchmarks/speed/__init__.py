@@ -1,0 +1,1 @@
+"""How fast it is: `python -m benchmarks.speed` measures, judges by the goals, and writes docs/speed.md."""
