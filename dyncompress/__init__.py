@@ -12,13 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dyncompress.bundle import export, load, save
+    from dyncompress.bundle import load, save
     from dyncompress.callback import DynCompress
     from dyncompress.checkpoint import load_from_checkpoint
     from dyncompress.conversion import convert
     from dyncompress.distillation import DistillConfig
     from dyncompress.errors import DynCompressError
     from dyncompress.evaluation import evaluate
+    from dyncompress.exporting import export
     from dyncompress.folding import fold
     from dyncompress.plan import Plan
     from dyncompress.planning import make_plan
@@ -53,7 +54,7 @@ _HOME = {
     "Report": "report",
     "convert": "conversion",
     "evaluate": "evaluation",
-    "export": "bundle",
+    "export": "exporting",
     "fold": "folding",
     "load": "bundle",
     "load_from_checkpoint": "checkpoint",

@@ -29,9 +29,11 @@ from dyncompress.conversion import convert
 from dyncompress.cost import count_params, measure_macs
 from dyncompress.errors import RecipeError
 from dyncompress.evaluation import bank_bytes
+from dyncompress.folding import fold
 from dyncompress.latency import measure_latency
 from dyncompress.loggers import LOGS, run_loggers, wandb_mode
 from dyncompress.plan import Plan
+from dyncompress.prediction import unchanged
 from dyncompress.recipe import Recipe, importable
 from dyncompress.report import Report
 from dyncompress.sensitivity import Progress
@@ -186,8 +188,11 @@ class Run:
         """Measure the networks against each other and put everything together."""
         subject, recipe = self.subject, self.subject.recipe
         original = subject.network(subject.model)
-        nets = {"original": original, **{arm: convert(original, plans[arm]) for arm in sorted(plans)}}
-        latency = measure_latency(nets, subject.example)
+        nets = {arm: convert(original, plans[arm]) for arm in sorted(plans)}
+        same = convert(original, unchanged(plans["student"].graph))
+        # as they are shipped: what a folding costs or saves is no matter of the method
+        folded = {"original": fold(same), **{arm: fold(net) for arm, net in nets.items()}}
+        latency = measure_latency(folded, subject.example)
         arms = {
             arm: Arm(
                 method=plans[arm].method,

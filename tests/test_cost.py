@@ -10,7 +10,7 @@ from torch import nn
 import networks
 from dyncompress.conversion import convert
 from dyncompress.cost import CostModel, count_params, fits, measure_macs, static_choices, widths
-from dyncompress.layers import Static
+from dyncompress.layers import DyNet, Static
 from dyncompress.planning import make_plan
 from dyncompress.tracing import trace
 
@@ -24,7 +24,7 @@ def test_a_static_network_by_hand():
 
 def test_a_dynamic_network_by_hand():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1))
-    plan = make_plan(net, torch.zeros(1, 3, 16, 16), "100%", "dynet", ignore=("0",))
+    plan = make_plan(net, torch.zeros(1, 3, 16, 16), "100%", DyNet(placement="all"), ignore=("0",))
     assert plan.macs_before == 256 * (3 * 8 * 9 + 8 * 8 * 9 + 8 * 4)
     first, middle, last = plan.layers
     k = middle.out_after

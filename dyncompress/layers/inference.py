@@ -10,6 +10,7 @@ The same numbers as the layers that it is made of, by fewer and cheaper calls:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -59,10 +60,8 @@ class BlockRouter(nn.Module):
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
         alone = x.shape[0] == 1 and not torch.compiler.is_compiling()
         # A mean is a sum and a slow division; the product with the weights divides as well.
-        share = x.shape[0] * x.shape[1] / x.numel()
-        h = x.sum(dim=(_IMAGE if alone else _SPACE)[x.ndim], dtype=dtype).nan_to_num(
-            0.0, LIMIT, -LIMIT
-        )  # as in Squeeze
+        share = 1 / math.prod(x.shape[2:])
+        h = _finite(x.sum(dim=(_IMAGE if alone else _SPACE)[x.ndim], dtype=dtype))
         if hidden is not None:
             h, share = _affine(h, hidden, offset, share).relu(), 1.0
         return _affine(h, weight, bias, share).sigmoid().view(x.shape[0], -1)
@@ -116,7 +115,7 @@ class ShippedConv(DynamicConv):
             self.check_input(x)
         kernel = self._kernel
         if kernel is None:
-            alone = x.shape[0] == 1 and not torch.compiler.is_compiling()
+            alone = x.shape[0] == 1
             if self._reuse and not alone:
                 raise DynCompressError(
                     f"reuse_kernels met a batch of {x.shape[0]} first; the kernels that are reused are those of one"
@@ -130,7 +129,7 @@ class ShippedConv(DynamicConv):
             if self._reuse:
                 self._kernel = kernel
         bias = self._parameters["bias"]
-        if self._pointwise and x.shape[0] == 1:
+        if self._pointwise and x.shape[0] == 1 and not torch.compiler.is_compiling():  # runtimes fuse convolutions
             assert bias is not None
             size = x.shape[2:]
             return torch.baddbmm(bias.view(1, -1, 1), kernel.view(1, -1, x.shape[1]), x.flatten(2)).view(1, -1, *size)
@@ -213,6 +212,13 @@ def reuse_kernels(net: nn.Module) -> Iterator[None]:
 
 def _constant(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def _finite(h: Tensor) -> Tensor:
+    """What `Squeeze` does with what is not finite, in as few calls (and nodes of an exported graph) as it takes."""
+    if torch.compiler.is_compiling():
+        return torch.where(h.isnan(), 0.0, h).clamp(-LIMIT, LIMIT)
+    return h.nan_to_num(0.0, LIMIT, -LIMIT)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, share: float) -> Tensor:
