@@ -17,7 +17,8 @@ from benchmarks.zoo import LIBRARIES, ROOT, environment, read, settle, summary, 
 needs_libraries = pytest.mark.skipif(
     not (LIBRARIES / "installed").exists(), reason="the libraries of the zoo are missing; run `make .zoo/installed`"
 )
-MISSED = {"hand/ThreeD": {"50", "25"}, "hand/TransposedGroups": {"50", "25"}}  # few channels; an output that can't be cut
+# few channels; an output that can't be cut
+MISSED = {"hand/ThreeD": {"50", "25"}, "hand/TransposedGroups": {"50", "25"}}
 
 
 def dies(report) -> None:
