@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dyncompress.errors import DynCompressError
 from dyncompress.layers.execution import CONV, convolve, dynamic_conv
 from dyncompress.layers.method import DynamicConv
-from dyncompress.layers.mixing import full_precision
+from dyncompress.layers.mixing import autocasts
 from dyncompress.layers.router import LIMIT, Handover
 from dyncompress.layers.spec import ConvSpec
 
@@ -29,11 +29,9 @@ __all__ = ["BlockRouter", "ShippedConv", "arranged", "reuse_kernels"]
 # torch multiplies matrices with fewer products than this in a plain loop, ten times slower than elementwise arithmetic.
 _SMALL_PRODUCT = 400
 _SPACE = {3: (2,), 4: (2, 3), 5: (2, 3, 4)}  # spatial dimensions by the number of all
-_IMAGE = {
-    3: (0, 2),
-    4: (0, 2, 3),
-    5: (0, 2, 3, 4),
-}  # and that of the batch, which is 1: vectors are faster than matrices
+# With the batch, where it is 1: products with vectors are faster.
+_IMAGE = {3: (0, 2), 4: (0, 2, 3), 5: (0, 2, 3, 4)}
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # sums of other dtypes have their own
 
 
 class BlockRouter(nn.Module):
@@ -55,16 +53,14 @@ class BlockRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, channels, *size] -> coefficients [B, rows]; to be called with autocast off."""
-        # Straight from the dictionary: for parameters, attribute access takes as long as a small op.
-        weight, bias, hidden, offset = self._parameters.values()
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        alone = x.shape[0] == 1 and not torch.compiler.is_compiling()
+        weight, bias, hidden, offset = self._parameters.values()  # attribute access takes as long as a small op
+        shape = x.shape
+        alone = shape[0] == 1 and not torch.compiler.is_compiling()
         # A mean is a sum and a slow division; the product with the weights divides as well.
-        share = 1 / math.prod(x.shape[2:])
-        h = _finite(x.sum(dim=(_IMAGE if alone else _SPACE)[x.ndim], dtype=dtype))
-        if hidden is not None:
-            h, share = _affine(h, hidden, offset, share).relu(), 1.0
-        return _affine(h, weight, bias, share).sigmoid().view(x.shape[0], -1)
+        share = 1 / math.prod(shape[2:])
+        h = x.sum((_IMAGE if alone else _SPACE)[len(shape)], dtype=_WIDE.get(x.dtype))
+        h = _finite(h) if hidden is None else _affine(_finite(h), hidden, offset, share).relu()
+        return _affine(h, weight, bias, share if hidden is None else 1.0).sigmoid().view(shape[0], -1)
 
 
 class ShippedConv(DynamicConv):
@@ -111,31 +107,37 @@ class ShippedConv(DynamicConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
-        if x.ndim != self._dims or x.shape[1] != self.in_channels:
+        shape = x.shape
+        if len(shape) != self._dims or shape[1] != self.in_channels:
             self.check_input(x)
-        kernel = self._kernel
+        alone, kernel = shape[0] == 1, self._kernel
         if kernel is None:
-            alone = x.shape[0] == 1
             if self._reuse and not alone:
                 raise DynCompressError(
                     f"reuse_kernels met a batch of {x.shape[0]} first; the kernels that are reused are those of one"
                     " image: run the network on a batch of 1 before the others"
                 )
-            with full_precision(x):
-                eta = self._coefficients(x)
-                kernel = self._mix(eta) if alone else None
+            if autocasts(x):
+                with torch.autocast(x.device.type, enabled=False):
+                    kernel, eta = self._mixed(x, alone)
+            else:
+                kernel, eta = self._mixed(x, alone)
             if kernel is None:
                 return dynamic_conv(x, *self._as_trained(eta), self.bias, self.spec)
             if self._reuse:
                 self._kernel = kernel
         bias = self._parameters["bias"]
-        if self._pointwise and x.shape[0] == 1 and not torch.compiler.is_compiling():  # runtimes fuse convolutions
+        if self._pointwise and alone and not torch.compiler.is_compiling():  # runtimes fuse what follows convolutions
             assert bias is not None
-            size = x.shape[2:]
-            return torch.baddbmm(bias.view(1, -1, 1), kernel.view(1, -1, x.shape[1]), x.flatten(2)).view(1, -1, *size)
+            out = torch.baddbmm(bias.view(1, -1, 1), kernel.view(1, -1, shape[1]), x.flatten(2))
+            return out.view(1, -1, *shape[2:])
         if self._pads is None:
             return convolve(x, kernel, bias, self.spec, self.groups)
         return CONV[self._dims - 2](x, kernel, bias, self.stride, self._pads, self.dilation, self.groups)
+
+    def _mixed(self, x: Tensor, alone: bool) -> tuple[Tensor | None, Tensor]:
+        eta = self._coefficients(x)
+        return self._mix(eta) if alone else None, eta
 
     def _coefficients(self, x: Tensor) -> Tensor:
         """This layer's coefficients [B, out * g]."""
