@@ -9,7 +9,7 @@ strategy   what runs                                                    when
 single     one plain convolution                                        batch 1
 bmm        one matrix product per image                                 1x1, stride 1, no padding, no groups
 grouped    the batch as groups of one convolution                       otherwise
-features   all kernels of the bank on every image, then the mix         large kernels on small maps; batch 0
+features   all kernels of the bank on every image, then the mix         two large kernels on small maps; batch 0
 scan       a loop in the graph, one plain convolution per image         never by itself: for ONNX (:func:`run_as`)
 fused      one Triton kernel, which mixes on the chip (GPUs only)       never by itself, until it's measured on one
 ========== ============================================================ =====================================
@@ -37,14 +37,16 @@ Strategy = Literal["single", "grouped", "bmm", "features", "scan", "fused"]
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
-# Kernels of one chunk stay in the cache: whole batches of them cost more in page faults than in arithmetic.
-_CHUNK_BYTES, _CHUNK_IMAGES = 4 << 20, 4
-# On a small map, preparing each image's kernel for a convolution costs more than the convolution. All kernels
-# on all images cost g static convolutions, no more: less from these sizes on (training, 64 images, 256
-# channels, 3x3 on 7x7, g = 2: 1.8 times the static convolution, against 4.2 in groups; one CPU thread).
+# Kernels of one chunk stay in the cache and reuse its memory: whole batches of them cost more in page faults than in
+# arithmetic. With an allocator that keeps freed memory, chunks of this size cost nothing, either.
+_CHUNK_BYTES, _CHUNK_IMAGES = 8 << 20, 8
+# On a small map, preparing each image's kernel for a convolution costs more than the convolution: 2.3 to 6 times the
+# static convolution's time in training, 64 images, 256 channels, 3x3 on 7x7 (two CPUs, one thread, two allocators). Two
+# kernels on all images cost two static convolutions, wherever that is.
 _LARGE_KERNEL_BYTES = 512 << 10
-_SMALL_MAP = 200  # g * positions
+_SMALL_MAP = 100  # positions
 _LARGE_BATCH = 16
+_FEW_KERNELS = 2
 
 _forced: Strategy | None = None
 
@@ -118,7 +120,7 @@ def choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
         return "features"
     if spec.is_pointwise:
         return "bmm"
-    small = bank.shape[1] * math.prod(spec.output_size(x.shape[2:])) <= _SMALL_MAP
+    small = math.prod(spec.output_size(x.shape[2:])) <= _SMALL_MAP and bank.shape[1] <= _FEW_KERNELS
     large = spec.kernel_params * bank.element_size() >= _LARGE_KERNEL_BYTES
     return "features" if small and large and batch >= _LARGE_BATCH else "grouped"
 

@@ -45,7 +45,7 @@ class Squeeze(nn.Module):
         mean = x.mean(dim=tuple(range(2, x.ndim)), dtype=dtype)
         # A sum that overflows, or a broken pixel, would break the kernel and with it the whole image; a static
         # convolution breaks only what it touches. In a sigmoid nothing above the limit counts.
-        mean = mean.nan_to_num(0.0).clamp(-LIMIT, LIMIT)
+        mean = mean.nan_to_num(0.0, LIMIT, -LIMIT)
         return mean if self.reduce is None else F.relu(self.reduce(mean))
 
 

@@ -72,16 +72,11 @@ def test_no_sample_gives_no_output_and_zero_gradients(spec: ConvSpec) -> None:
 @pytest.mark.parametrize(
     ("channels", "size", "g", "batch", "expected"),
     [
-        (
-            256,
-            7,
-            4,
-            16,
-            "features",
-        ),  # 4 kernels * 49 positions = 196 <= 200; 256 * 256 * 9 * 4 bytes > 512 KiB
-        (256, 7, 4, 15, "grouped"),  # too few images
-        (256, 8, 4, 16, "grouped"),  # 4 * 64 = 256
-        (256, 8, 2, 16, "features"),  # 2 * 64 = 128
+        (256, 7, 2, 16, "features"),  # 256 * 256 * 9 * 4 bytes > 512 KiB
+        (256, 7, 4, 16, "grouped"),  # twice as many static convolutions
+        (256, 7, 2, 15, "grouped"),  # too few images
+        (256, 10, 2, 16, "features"),
+        (256, 11, 2, 16, "grouped"),  # 121 positions
         (120, 8, 2, 16, "grouped"),  # 120 * 120 * 9 * 4 bytes < 512 KiB
     ],
 )

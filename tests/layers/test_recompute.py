@@ -16,6 +16,7 @@ BATCH = 5  # chunks of 4 and 1
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of one image already fill a chunk, which then has 4 images."""
     monkeypatch.setattr(execution, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(execution, "_CHUNK_IMAGES", 4)
 
 
 def kept(spec: ConvSpec, given: list[Tensor]) -> int:
@@ -42,6 +43,7 @@ def test_no_kernel_is_kept(spec: ConvSpec, monkeypatch: pytest.MonkeyPatch) -> N
     given = tensors(spec, BATCH)
     whole = kept(spec, given)
     monkeypatch.setattr(execution, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(execution, "_CHUNK_IMAGES", 4)
     x, bank, eta, *_ = given
     assert kept(spec, given) == x.numel() + bank.numel() + eta.numel()
     assert whole >= kept(spec, given) + BATCH * spec.kernel_params
