@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dyncompress.evaluation import evaluate
     from dyncompress.exporting import export
     from dyncompress.folding import fold
+    from dyncompress.layers.inference import reuse_kernels
     from dyncompress.plan import Plan
     from dyncompress.planning import make_plan
     from dyncompress.report import Report
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "load_from_checkpoint",
     "make_plan",
+    "reuse_kernels",
     "save",
     "trace",
 ]
@@ -59,6 +61,7 @@ _HOME = {
     "load": "bundle",
     "load_from_checkpoint": "checkpoint",
     "make_plan": "planning",
+    "reuse_kernels": "layers.inference",
     "save": "bundle",
     "trace": "tracing",
 }

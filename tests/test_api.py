@@ -23,6 +23,7 @@ PUBLIC = [
     "load",
     "load_from_checkpoint",
     "make_plan",
+    "reuse_kernels",
     "save",
     "trace",
 ]

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.speed import plots, timing
 from benchmarks.speed.distillation import REST
-from benchmarks.speed.goals import GOALS, Goal, geometric_mean, judge, verdicts
+from benchmarks.speed.goals import GOALS, LOWER, Goal, geometric_mean, judge, verdicts
 from benchmarks.speed.layers import RUNS, SHAPES
 from benchmarks.speed.page import PAGE, RESULTS, publish, render
 from benchmarks.speed.rows import Row, Section, from_csv, read, to_csv, write
@@ -147,9 +147,9 @@ def test_a_goal_that_was_not_measured_has_no_verdict() -> None:
 def test_goals_are_about_what_is_measured() -> None:
     from benchmarks.speed.subjects import NETWORKS
 
-    assert len({goal.text for goal in GOALS}) == len(GOALS) == 23
+    assert len({goal.text for goal in GOALS}) == len(GOALS) == 24
     assert {goal.section for goal in GOALS} <= set(SECTIONS) == set(TABLES)
-    assert {goal.subject for goal in GOALS} - {""} <= set(NETWORKS)
+    assert {goal.subject for goal in GOALS} - {"", LOWER} == set(NETWORKS)
     assert len(SHAPES) == 9
     assert {goal.batch for goal in GOALS if goal.section == "layers"} == set(RUNS["training step"])
     assert {goal.arm for goal in GOALS if goal.section == "distillation"} == {REST}

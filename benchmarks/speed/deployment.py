@@ -16,15 +16,14 @@ from torch import nn
 import dyncompress as dc
 from benchmarks.speed.request import Request
 from benchmarks.speed.rows import Row
-from benchmarks.speed.subjects import NETWORKS, Subject, as_converted
+from benchmarks.speed.subjects import Subject, as_converted
 
 EXACT_AT = (1, 3, 8)
 
 
 def measure(request: Request) -> Iterator[Row]:
     """Time at batch 1, and how far the outputs are from torch's at the batch sizes that the files take."""
-    for name in NETWORKS:
-        subject = Subject.of(name, request.seed)
+    for subject in Subject.all(request.seed):
         nets = {
             "original": as_converted(subject.original, subject.image),
             "static": as_converted(subject.static, subject.image),
@@ -34,14 +33,14 @@ def measure(request: Request) -> Iterator[Row]:
         x = subject.batch(1).numpy()
         race = request.effort.race({arm: partial(_run, made, x) for arm, made in sessions.items()})
         yield from race.rows(
-            ["static", "dynamic"], macs=subject.macs(nets), subject=name, setting="onnxruntime", batch=1
+            ["static", "dynamic"], macs=subject.macs(nets), subject=subject.name, setting="onnxruntime", batch=1
         )
         for size in filter(partial(_takes, sessions["dynamic"]), EXACT_AT):
             images = subject.batch(size)
             with torch.inference_mode():
                 expected = dc.fold(subject.dynamic)(images).numpy()
             error = float(np.abs(_run(sessions["dynamic"], images.numpy()) - expected).max() / np.abs(expected).max())
-            yield Row(name, "onnxruntime", size, "dynamic", "torch", error=error)
+            yield Row(subject.name, "onnxruntime", size, "dynamic", "torch", error=error)
 
 
 def session(net: nn.Module, subject: Subject, threads: int) -> onnxruntime.InferenceSession:

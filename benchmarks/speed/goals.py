@@ -10,6 +10,8 @@ from typing import Literal
 
 from benchmarks.speed.rows import Row, Section
 
+LOWER = "MobileNetV2 at 15 %"  # a network of small layers, whose time falls more slowly than its MACs
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -101,7 +103,7 @@ def geometric_mean(values: list[float]) -> float:
 
 def _all() -> Iterator[Goal]:
     faster = Goal("", 0, "networks", "original", "dynamic", at_least=True)
-    for subject, limit in {"ResNet-18": 2.0, "ResNet-50": 2.2, "MobileNetV2": 2.0}.items():
+    for subject, limit in {"ResNet-18": 2.0, "ResNet-50": 2.2, "MobileNetV2": 2.0, LOWER: 2.0}.items():
         yield replace(faster, text=f"{subject}, batch 1: student, times as fast", subject=subject, limit=limit)
     above = Goal("", 0, "networks", "dynamic", "static")
     for subject, limit in {

@@ -9,15 +9,14 @@ import torch
 from benchmarks.speed import modes
 from benchmarks.speed.request import Request
 from benchmarks.speed.rows import Row
-from benchmarks.speed.subjects import NETWORKS, Subject
+from benchmarks.speed.subjects import Subject
 
 BATCHES = (1, 32)
 
 
 def measure(request: Request) -> Iterator[Row]:
     """Inference of every network, in every mode, at every batch size."""
-    for name in NETWORKS:
-        subject = Subject.of(name, request.seed)
+    for subject in Subject.all(request.seed):
         nets = subject.folded
         macs = subject.macs(nets)
         for mode in request.ways:
@@ -27,5 +26,5 @@ def measure(request: Request) -> Iterator[Row]:
                     arms = {arm: modes.inference(net, x, mode) for arm, net in nets.items()}
                     with torch.inference_mode():
                         race = request.effort.race(arms)
-                labels = {"subject": name, "setting": "inference", "mode": mode, "batch": size}
+                labels = {"subject": subject.name, "setting": "inference", "mode": mode, "batch": size}
                 yield from race.rows(["static", "dynamic"], macs=macs, **labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from dyncompress.cost import measure_macs
 NETWORKS = {"ResNet-18": "resnet18", "ResNet-50": "resnet50", "MobileNetV2": "mobilenetv2_100", "CIFAR ResNet-20": ""}
 """Names of timm; the last is the recipe's own."""
 TARGET = "33%"
+BUDGETS = {**dict.fromkeys(NETWORKS, (TARGET,)), "MobileNetV2": (TARGET, "15%")}
 
 
 def build(name: str, seed: int) -> tuple[nn.Module, Tensor]:
@@ -51,11 +53,18 @@ class Subject:
     dynamic: nn.Module
 
     @classmethod
-    def of(cls, name: str, seed: int) -> Subject:
+    def of(cls, name: str, seed: int, target: str = TARGET) -> Subject:
         """By its name in `NETWORKS`."""
         net, image = build(name, seed)
-        plan = dc.make_plan(net, image, TARGET)
-        return cls(name, net, image, plan, dc.convert(net, plan))
+        plan = dc.make_plan(net, image, target)
+        label = name if target == TARGET else f"{name} at {target.replace('%', ' %')}"
+        return cls(label, net, image, plan, dc.convert(net, plan))
+
+    @classmethod
+    def all(cls, seed: int) -> Iterator[Subject]:
+        """Every network, at every budget that it is timed at."""
+        for name, targets in BUDGETS.items():
+            yield from (cls.of(name, seed, target) for target in targets)
 
     @cached_property
     def static(self) -> nn.Module:

@@ -189,13 +189,23 @@ def arranged(rows: Tensor, bank: Tensor) -> Tensor:
 def reuse_kernels(net: nn.Module) -> Iterator[None]:
     """Within the context the kernels of the first image serve all that follow: the speed of a static network.
 
-    For images that change slowly, such as the frames of a video: enter it anew for every n-th of them.
+    For images that change slowly, such as the frames of a video: enter it anew for every n-th of them. What follows may
+    come in batches.
 
     Args:
         net: What `fold` returned. It is not to be run by several threads meanwhile.
 
     Raises:
-        DynCompressError: If the network has no folded dynamic convolution.
+        DynCompressError: If the network has no folded dynamic convolution, or the first batch more than one image.
+
+    Example:
+        >>> from dyncompress import convert, fold, make_plan
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
+        >>> frames = torch.randn(3, 1, 3, 32, 32)
+        >>> folded = fold(convert(net, make_plan(net, frames[0], "60%")))
+        >>> with torch.inference_mode(), reuse_kernels(folded):
+        ...     [folded(frame).shape for frame in frames]
+        [torch.Size([1, 16, 32, 32]), torch.Size([1, 16, 32, 32]), torch.Size([1, 16, 32, 32])]
     """
     layers = [m for m in net.modules() if isinstance(m, ShippedConv)]
     if not layers:
