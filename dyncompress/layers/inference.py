@@ -197,15 +197,6 @@ def reuse_kernels(net: nn.Module) -> Iterator[None]:
 
     Raises:
         DynCompressError: If the network has no folded dynamic convolution, or the first batch more than one image.
-
-    Example:
-        >>> from dyncompress import convert, fold, make_plan
-        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
-        >>> frames = torch.randn(3, 1, 3, 32, 32)
-        >>> folded = fold(convert(net, make_plan(net, frames[0], "60%")))
-        >>> with torch.inference_mode(), reuse_kernels(folded):
-        ...     [folded(frame).shape for frame in frames]
-        [torch.Size([1, 16, 32, 32]), torch.Size([1, 16, 32, 32]), torch.Size([1, 16, 32, 32])]
     """
     layers = [m for m in net.modules() if isinstance(m, ShippedConv)]
     if not layers:
