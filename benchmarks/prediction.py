@@ -122,7 +122,8 @@ def main() -> None:
 def text(found: list[dict[str, Any]]) -> str:
     """The CSV, with where it comes from in its first line."""
     file = io.StringIO()
-    file.write(f"# {Environment.here()}; {Environment.here().command}\n")
+    command = ["python", "-m", "benchmarks.prediction", *sys.argv[1:]]
+    file.write(f"# {Environment.here()}; {Environment.here(command).command}\n")
     writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)

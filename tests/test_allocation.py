@@ -37,6 +37,6 @@ def test_the_widest_ratio_that_exceeds_no_target(targets, widths):
 
 def test_what_a_width_loses_by_hand():
     (loss,) = near([20], [40], [1])
-    # (distance / 40)^2, and (1/8)^2 where the width is none of 8, 16, 24, 32 or 40
-    assert loss[[16, 20, 24, 40]] == pytest.approx([0.01, 0.015625, 0.01, 0.25])
-    assert loss[21] == pytest.approx(0.015625 + (1 / 40) ** 2)
+    # (distance / 40)^2, and (1/6)^2 where the width is none of 8, 16, 24, 32 or 40
+    assert loss[[16, 20, 24, 40]] == pytest.approx([0.01, 1 / 36, 0.01, 0.25])
+    assert loss[21] == pytest.approx(1 / 36 + (1 / 40) ** 2)

@@ -211,10 +211,10 @@ def test_goals_come_first_and_the_missed_are_named() -> None:
     page = render(made())
     # met: ODConv's 4 / 2, CondConv's 3 / 2, both of planning and of deployment; missed: 30 / 16, 16 / 12, 1.8 - 0.7
     assert "6 of the 9 goals that were measured are met" in page
-    assert "- ResNet-18, batch 1: time, of its static widths: 1.33, and ≤ 1.25 was asked." in page
-    assert "- ResNet-18: distilled step less the teacher, of the plain step: 1.10, and ≤ 1.05 was asked." in page
-    assert "| ResNet-18, batch 1: student, times as fast | ≥ 2.00 | 1.88 | iqr 0 | 5 | **missed** |" in page
-    assert "| ResNet-50: `convert`, seconds | ≤ 2.00 | 1.50 |  | 5 | met |" in page
+    assert "- ResNet-18, batch 1: time, of its static widths: 1.333, and ≤ 1.25 was asked." in page
+    assert "- ResNet-18: distilled step less the teacher, of the plain step: 1.1, and ≤ 1.05 was asked." in page
+    assert "| ResNet-18, batch 1: student, times as fast | ≥ 2 | 1.875 | iqr 0 | 5 | **missed** |" in page
+    assert "| ResNet-50: `convert`, seconds | ≤ 2 | 1.5 |  | 5 | met |" in page
     assert page.index("## Goals") < page.index("## Networks") < page.index("## Layers")
     assert "unmeasured" not in page and "## Training" not in page
 

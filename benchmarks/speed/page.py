@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.speed import plots
-from benchmarks.speed.goals import Verdict, verdicts
+from benchmarks.speed.goals import Verdict, judge, verdicts
 from benchmarks.speed.rows import Section, read
 from benchmarks.speed.tables import TABLES
 from dyncompress import files
@@ -33,7 +34,7 @@ _TITLES = {
         "One layer with a predictor of its own: ours (`dynet`, g = 4), timm's CondConv (4 experts), and ODConv and"
         " KernelWarehouse (four layers share a warehouse) as their authors publish them.",
     ),
-    "pruning": ("Beside torch-pruning", "The same network pruned to the student's MACs; neither rounds its widths."),
+    "pruning": ("Beside torch-pruning", "The same network pruned to the student's MACs."),
     "planning": ("Planning", "Tracing is part of `make_plan`."),
     "distillation": (
         "Distillation",
@@ -49,7 +50,7 @@ def render(sections: Mapping[str, Section]) -> str:
     Args:
         sections: As `benchmarks.speed.rows.read` returns them.
     """
-    lines = [_INTRODUCTION, *_goals(list(verdicts(sections)))]
+    lines = [_INTRODUCTION, *_goals(list(verdicts(sections)), sections)]
     for name, (title, text) in _TITLES.items():
         for key in (k for k in sections if k == name or k.startswith(f"{name}-")):
             lines += _section(sections[key], title + key.removeprefix(name).replace("-", ", ").upper(), text, name)
@@ -70,7 +71,7 @@ def publish(results: Path, page: Path) -> Iterator[Path]:
         yield page
 
 
-def _goals(found: list[Verdict]) -> Iterator[str]:
+def _goals(found: list[Verdict], sections: Mapping[str, Section]) -> Iterator[str]:
     if not found:
         return
     missed = [verdict for verdict in found if not verdict.met]
@@ -81,7 +82,14 @@ def _goals(found: list[Verdict]) -> Iterator[str]:
     if missed:
         yield "Missed:"
         yield ""
-        yield from (f"- {v.goal.text}: {_number(v.value)}, and {_limit(v)} was asked." for v in missed)
+        for v in missed:
+            floor = (
+                judge(replace(v.goal, base="static"), sections[v.goal.section].rows)
+                if v.goal.base == "dynamic"
+                else None
+            )
+            least = f" The static network of these widths: {_number(floor.value)}." if floor else ""
+            yield f"- {v.goal.text}: {_number(v.value)}, and {_limit(v)} was asked.{least}"
         yield ""
     yield "| goal | asked | measured | spread | n | |"
     yield "|---|--:|--:|---|--:|---|"
@@ -97,7 +105,7 @@ def _limit(verdict: Verdict) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.01 else f"{value:.0e}"
+    return f"{value:.4g}" if value >= 0.01 else f"{value:.0e}"
 
 
 def _section(section: Section, title: str, text: str, kind: str) -> Iterator[str]:
