@@ -5,6 +5,7 @@
 ``on_load_checkpoint``     (the module's) a checkpoint's plan decides: rebuild before its weights are loaded
 ``on_fit_start``           check the optimizers, log what was decided
 ``on_train_start``         check a resumed run's teacher; BatchNorm statistics of the narrowed network
+``on_train_batch_start``   tell the layers how much of the training is over
 ``teardown``, on an error  take every patch off; the converted layers stay
 =========================  ==============================================================================
 
@@ -49,6 +50,7 @@ from dyncompress.patch import Patch
 from dyncompress.plan import Plan
 from dyncompress.planning import check_shares, make_plan
 from dyncompress.restoring import careful_loading, follow, plans_of
+from dyncompress.schedules import anneal, progress
 from dyncompress.student import Student
 from dyncompress.teaching import TaughtStep
 from dyncompress.tracking import log_plan, log_summary
@@ -220,6 +222,12 @@ class DynCompress(*_BASES):  # type: ignore[misc]
                 trainer.print(f"DynCompress: BatchNorm starts with the original's statistics; {error}")
             else:
                 recalibrate(self._student.inner, inputs)
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Tell the layers how much of the training is over, for those that have a schedule."""
+        assert self._student is not None
+        anneal(self._student.inner, progress(trainer))
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:

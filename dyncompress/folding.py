@@ -42,7 +42,8 @@ def fold(student: nn.Module) -> nn.Module:
         rest = _rest(norm)
         if rest is None:
             continue
-        _absorb(folded.get_submodule(op.module), norm)
+        if not _absorb(folded.get_submodule(op.module), norm):
+            continue
         parent, _, child = op.norm.rpartition(".")
         setattr(folded.get_submodule(parent), child, rest)
     for members in plan.costs.sets:
@@ -54,15 +55,21 @@ def fold(student: nn.Module) -> nn.Module:
     return folded
 
 
-def _absorb(conv: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> None:
-    weight: Any = conv.bank if isinstance(conv, DynamicConv) else conv.weight
-    own: Any = conv.bias
+def _absorb(conv: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the norm is part of the convolution now."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None
+    if isinstance(conv, DynamicConv):
+        scale = torch.rsqrt(var + norm.eps)
+        scale = scale if norm.weight is None else norm.weight.detach() * scale
+        return conv.absorb(scale, (0 if norm.bias is None else norm.bias.detach()) - mean * scale)
+    weight: Any = conv.weight
+    own: Any = conv.bias
     fused, bias = fuse_conv_bn_weights(weight, own, mean, var, norm.eps, norm.weight, norm.bias)
     with torch.no_grad():
         weight.data = fused.data
     conv.bias = bias
+    return True
 
 
 def _rest(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module | None:

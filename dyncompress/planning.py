@@ -26,6 +26,7 @@ from dyncompress.prediction import Prediction
 from dyncompress.ranking import Ranking, check, rank
 from dyncompress.selection import Floors, Patterns, held, named, smallest
 from dyncompress.sensitivity import Sensitivity
+from dyncompress.sharing import share_of
 from dyncompress.taylor import Loss
 from dyncompress.tracing import Tracer, trace
 from dyncompress.worth import placed
@@ -348,8 +349,7 @@ def _choice(op: Operation, method: Method, fixed: Mapping[str, str], first: str)
     if op.module == first:
         return Choice(op.module, Static(), reason="static: the first convolution, which reads the input")
     placed, reason = method.place(ConvSite(op.module, op.spec, op.positions))
-    shared = placed.sharing == "block" and not isinstance(placed, Static)
-    return Choice(op.module, placed, op.block if shared else "", reason)
+    return Choice(op.module, placed, share_of(op, placed), reason)
 
 
 def _multiples(graph: ConvGraph) -> list[int]:

@@ -150,7 +150,7 @@ class Prediction:
     ) -> list[Layers]:
         """The entries of some convolutions under a method: one where it builds them together, else one per call."""
         runs = [self._runs(op, model, keep) for op in members]
-        if len(members) > 1 and method.sharing == "block":
+        if len(members) > 1 and method.sharing != "layer":
             return [Layers(method, tuple(calls[0] for calls in runs))]
         return [Layers(method, (call,)) for calls in runs for call in calls]
 

@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     errors files typed
     layers.spec layers.method layers.mixing layers.recompute layers.fused layers.execution
-    layers.router layers.static layers.inference layers.dynet layers
+    layers.router layers.static layers.placement layers.warmstart layers.annealing layers.sharedbank
+    layers.inference layers.dynet layers.condconv layers.dyconv layers.odconv layers.dcd layers.perimage layers.c2sp
+    layers.kernelwarehouse layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
-    tracing cost importance marginal budget planfile plan
+    sharing tracing cost importance marginal budget planfile plan
     allocation knapsack selection conversion folding distillation latency evaluation taylor ranking sensitivity
     allocator provenance latencytable prediction worth pacing planning
     plotting arms report tracking bundle formats exporting checkpoint
-    host student patch restoring inputs teaching callback
+    host schedules student patch restoring inputs teaching callback
     recipe subject loggers runner cli __main__
 """.split()
 HOST = "callback"  # the first module that may know Lightning or W&B; those above it work on any torch network

@@ -13,13 +13,13 @@ from dyncompress.planning import make_plan
 
 
 @pytest.mark.parametrize("network", networks.BATCH_NORMED)
-@pytest.mark.parametrize("method", ["static", "dynet"])
+@pytest.mark.parametrize("method", ["static", "dynet", "condconv", "dyconv", "odconv", "dcd"])
 def test_a_folded_network_computes_the_same(network, method):
     net, x = networks.make(network)
     student = convert(net, make_plan(net, x, "60%", method))
     with torch.no_grad():
         for name, p in student.named_parameters():
-            if "router" in name:
+            if "router" in name or name.endswith(".p"):
                 p.add_(0.1 * torch.randn_like(p))
         folded = fold(student)
         expected, found = ([t.flatten() for t in tree_leaves(n(x))] for n in (student, folded))

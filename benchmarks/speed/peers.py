@@ -36,9 +36,9 @@ def builders(request: Request) -> dict[str, Build]:
     """Who takes part, by name: the convolution itself first, ours second."""
     found: dict[str, Build] = {"static": lambda conv, _: conv, "dynet": dynet, "CondConv": CondConv}
     if request.odconv is not None:
-        found["ODConv 4x"] = partial(odconv, _load(request.odconv / "modules/odconv.py"))
+        found["ODConv 4x"] = partial(odconv, load(request.odconv / "modules/odconv.py"))
     if request.kernelwarehouse is not None:
-        module = _load(request.kernelwarehouse / "modules/kernel_warehouse.py")
+        module = load(request.kernelwarehouse / "modules/kernel_warehouse.py")
         for ratio in (1, 4):
             found[f"KernelWarehouse {ratio}x"] = partial(Warehouse, module, ratio)
     return found
@@ -118,7 +118,7 @@ def _shape(conv: nn.Conv2d) -> dict[str, Any]:
     return {**numbers, "groups": conv.groups}
 
 
-def _load(path: Path) -> ModuleType:
+def load(path: Path) -> ModuleType:
     """A file as a module; it imports nothing of its repository."""
     spec = spec_from_file_location(f"peer_{path.stem}", path)
     assert spec is not None and spec.loader is not None

@@ -5,18 +5,30 @@ Importing this package registers the methods of the library; others register wit
 
 from __future__ import annotations
 
+from dyncompress.layers.c2sp import C2sp
+from dyncompress.layers.condconv import CondConv
+from dyncompress.layers.dcd import Dcd
+from dyncompress.layers.dyconv import DyConv
 from dyncompress.layers.dynet import DyNet
+from dyncompress.layers.kernelwarehouse import KernelWarehouse
 from dyncompress.layers.method import DynamicConv, Method, configured, get_method, list_methods, register_method
+from dyncompress.layers.odconv import ODConv
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 from dyncompress.layers.static import Static, load_static
 
 __all__ = [
+    "C2sp",
+    "CondConv",
     "ConvSite",
     "ConvSpec",
+    "Dcd",
+    "DyConv",
     "DyNet",
     "DynamicConv",
+    "KernelWarehouse",
     "Macs",
     "Method",
+    "ODConv",
     "Static",
     "configured",
     "get_method",

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -29,29 +29,20 @@ from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.execution import dynamic_conv
 from dyncompress.layers.inference import BlockRouter, ShippedConv, arranged
 from dyncompress.layers.method import DynamicConv, Method, register_method
+from dyncompress.layers.placement import check_placement, placed
 from dyncompress.layers.router import Handover, RouterLinear, Squeeze
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
-from dyncompress.layers.static import Static
+from dyncompress.layers.warmstart import atoms
 
 __all__ = ["DyNet", "DyNetConv"]
 
-# placement="auto": where mixing g kernels takes more than a fifth of the convolution's time, there are fewer. An output
-# position is one multiply-add per weight, and mixing reads each weight of g kernels once. Two CPUs, one thread, have 25
-# to 80 GMAC/s and read 8 to 30 GB/s: that is the time of 11 g positions, and of 3 g where the bank stays in the cache.
-_POSITIONS_PER_KERNEL, _POSITIONS_PER_CACHED_KERNEL = 56, 16
-_CACHED_BYTES = 512 << 10  # of a bank at the original width, of which a quarter is left at a third of the MACs
-# Below this a convolution is over before its kernel could be mixed: the calls alone take 15 to 30 us.
-_TINY = 50_000  # multiply-adds
 # A router of more weights than this gets a hidden layer: its matrix is read once per image, as a bank is.
 _ROUTER_LIMIT = 1 << 16
 _ROUTER_REDUCTION = 4  # as the paper has in its ResNets
-_BYTES = 4  # of a weight
 _MOST_KERNELS = 1024  # per output channel; a bank of more is a slip of the pen
 # Initial logits of a warm start: far enough apart that the anchor carries the static kernel (sigmoid 0.88 and
 # 0.12), close enough to zero that the gradient of the sigmoid (0.1) still trains the router.
 _ANCHOR_LOGIT, _ATOM_LOGIT = 2.0, -2.0
-# Noise on the atoms, in units of the rms of the static weight: equal atoms would stay equal for ever.
-_ATOM_NOISE = 0.2
 
 
 @register_method("dynet")
@@ -95,8 +86,7 @@ class DyNet:
                 f"reduction {shown(self.reduction)} is no divisor of channels: give one such as 4, 0 for one linear"
                 " layer, or None to leave it to the size of the router"
             )
-        if not isinstance(self.placement, str) or self.placement not in ("auto", "all"):
-            raise DynCompressError(f"placement {shown(self.placement)} is unknown: choose 'auto' or 'all'")
+        check_placement(self.placement)
 
     @property
     def sharing(self) -> Literal["layer", "block"]:
@@ -114,31 +104,7 @@ class DyNet:
             >>> print(reason)
             g 4 -> 2: mixing 9.4 MB of kernels, from memory, takes 23 % of the conv (196 positions), above 20 %
         """
-        if self.g < 2:
-            return Static(), f"static: a bank of {self.g} kernel has nothing to mix"
-        if self.placement == "all":
-            return self, ""
-        weights, positions = site.spec.kernel_params, site.positions
-        if site.spec.is_depthwise:
-            return Static(), f"static: depthwise, {weights:,} weights; mixing them takes longer than convolving"
-        if weights * positions < _TINY:
-            return Static(), f"static: tiny, {weights * positions:,} multiply-adds; mixing takes longer than convolving"
-        size = self.g * weights * _BYTES
-        streamed = size > _CACHED_BYTES
-        needed = _POSITIONS_PER_KERNEL if streamed else _POSITIONS_PER_CACHED_KERNEL
-        g = self.g
-        while g > 1 and g * needed > positions:
-            g //= 2
-        if g == self.g:
-            return self, ""
-        share = 100 * self.g * needed / (5 * positions)
-        why = (
-            f"mixing {size / 1e6:.1f} MB of kernels, {'from memory' if streamed else 'cached'}, takes {share:.0f} %"
-            f" of the conv ({positions} positions), above 20 %"
-        )
-        if g < 2:
-            return Static(), f"static: {why}"
-        return replace(self, g=g), f"g {self.g} -> {g}: {why}"
+        return placed(self, "g", site)
 
     def macs(self, sites: Sequence[ConvSite]) -> list[Macs]:
         """Multiply-adds per image, with S output positions and P weights of one static kernel.
@@ -279,7 +245,7 @@ class DyNetConv(DynamicConv):
         self.router.bias.copy_(logits.repeat(self.spec.out_channels))
 
         weight = weight.to("cpu", torch.float64)  # not every device knows fp64
-        self.bank[:, 1:].copy_(_atoms(weight, spare, self.g - 1, generator))
+        self.bank[:, 1:].copy_(atoms(weight, spare, self.g - 1, generator))
         # Computed from the stored atoms, so that their rounding to the bank's dtype is made up for.
         eta = torch.sigmoid(logits.double())
         rest = torch.einsum("i,ti...->t...", eta[1:], self.bank[:, 1:].to(weight))
@@ -309,19 +275,3 @@ class DyNetConv(DynamicConv):
         """Method, shapes, g, and whose input the router reads."""
         source = "its own" if self.squeeze is not None else "its block's"
         return f"{super().extra_repr()}, g={self.g}, routed by {source} input"
-
-
-def _atoms(weight: Tensor, spare: Tensor | None, count: int, generator: torch.Generator | None) -> Tensor:
-    """Nearest spare filters of each filter, and a little noise: [out, count, in / groups, *kernel]."""
-    atoms = weight.unsqueeze(1).expand(-1, count, *weight.shape[1:]).clone()
-    filters = weight.flatten(1)
-    if spare is not None and spare.shape[0] and count:
-        spares = spare.to(weight).flatten(1)
-        spares = nn.functional.normalize(spares[spares.norm(dim=1) > 0])
-        nearest = (nn.functional.normalize(filters) @ spares.T).topk(min(count, len(spares))).indices
-        chosen = spares[nearest] * filters.norm(dim=1)[:, None, None]
-        atoms[:, : nearest.shape[1]] = chosen.unflatten(2, weight.shape[1:])
-    rms = weight.square().mean().sqrt().item() or filters.shape[1] ** -0.5
-    device = generator.device if generator is not None else None
-    noise = torch.randn(atoms.shape, generator=generator, device=device).to(atoms)
-    return atoms + _ATOM_NOISE * rms * noise

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dyncompress.layers.fused import fused_conv, unsupported
-from dyncompress.layers.mixing import assemble, autocasts
+from dyncompress.layers.mixing import as_own, autocasts, is_own, kernels_of
 from dyncompress.layers.recompute import Shapes, convolve_batch
 from dyncompress.layers.spec import ConvSpec
 
@@ -63,8 +63,8 @@ def dynamic_conv(
 
     Args:
         x: [B, in, *size].
-        bank: [out, g, in / groups, *kernel].
-        eta: [B, out, g], the coefficients of each image.
+        bank: [out, g, in / groups, *kernel], or another of :mod:`dyncompress.layers.mixing`.
+        eta: [B, out, g], the coefficients of each image, or as the bank has rows.
         bias: [out], added to every image alike, or None.
         spec: Shapes, padding and groups of the convolution.
         strategy: How to run it; by default chosen from the shapes. All give the same result.
@@ -74,21 +74,23 @@ def dynamic_conv(
     """
     strategy = strategy or _forced or choose(x, bank, spec)
     if strategy == "fused":
-        if not unsupported(x, bank, spec):
+        if is_own(bank, spec.weight_shape) and not unsupported(x, bank, spec):
             return _recomputing(strategy, x, bank, eta, bias, spec, x.shape[0])
         strategy = choose(x, bank, spec)
     if strategy == "features":
-        return _features(x, bank, eta, bias, spec)
+        return _features(x, *as_own(bank, eta, spec.weight_shape), bias, spec)
     # A chunk loop would fix the batch size of a traced graph, and the compiler plans memory itself.
     size = x.shape[0] if torch.compiler.is_compiling() else _chunk(bank)
     if x.shape[0] <= size or strategy not in ("grouped", "bmm"):
-        return _run(strategy, x, assemble(bank, eta), bias, spec)
+        return _run(strategy, x, kernels_of(bank, eta, spec.weight_shape), bias, spec)
     if x.device.type != "cpu":
         size = x.shape[0]  # one launch; what remains is to keep no kernels for backward
     if torch.is_grad_enabled() and (bank.requires_grad or eta.requires_grad):
         return _recomputing(strategy, x, bank, eta, bias, spec, size)
     chunks = zip(x.split(size), eta.split(size), strict=True)
-    return torch.cat([_run(strategy, part, assemble(bank, mix), bias, spec) for part, mix in chunks])
+    return torch.cat(
+        [_run(strategy, part, kernels_of(bank, mix, spec.weight_shape), bias, spec) for part, mix in chunks]
+    )
 
 
 @contextmanager
@@ -107,7 +109,7 @@ def run_as(strategy: Strategy) -> Iterator[None]:
 
 
 def choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
-    """The fastest strategy for an input x [B, in, *size] and a bank [out, g, in / groups, *kernel].
+    """The fastest strategy for an input x [B, in, *size] and a bank.
 
     While a graph is traced, one that holds for every batch size but 1 (a traced batch of 1 stays 1).
     """
@@ -120,7 +122,8 @@ def choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
         return "features"
     if spec.is_pointwise:
         return "bmm"
-    small = math.prod(spec.output_size(x.shape[2:])) <= _SMALL_MAP and bank.shape[1] <= _FEW_KERNELS
+    kernels = bank.shape[1] if is_own(bank, spec.weight_shape) else bank.shape[0] * bank.shape[1]
+    small = math.prod(spec.output_size(x.shape[2:])) <= _SMALL_MAP and kernels <= _FEW_KERNELS
     large = spec.kernel_params * bank.element_size() >= _LARGE_KERNEL_BYTES
     return "features" if small and large and batch >= _LARGE_BATCH else "grouped"
 
@@ -161,7 +164,8 @@ def _recomputing(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     x, padding = _padded(x, spec)
     pointwise = spec.is_pointwise if strategy == "fused" else strategy == "bmm"
-    shapes = Shapes(spec.stride, padding, spec.dilation, spec.groups, pointwise, chunk)
+    weight = () if is_own(bank, spec.weight_shape) else spec.weight_shape
+    shapes = Shapes(spec.stride, padding, spec.dilation, spec.groups, pointwise, chunk, weight)
     if strategy == "fused":
         return fused_conv(x, bank, eta, bias, shapes)
     return _with_bias(convolve_batch(x, bank, eta, shapes), bias)

@@ -36,8 +36,8 @@ class Method(Protocol):
     paper: ClassVar[str]
 
     @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Which layers are built together: each alone, or those of one block."""
+    def sharing(self) -> Literal["layer", "block", "stage"]:
+        """Which layers are built together: each alone, those of one block, or all that read maps of one size."""
         ...
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
@@ -98,6 +98,15 @@ class DynamicConv(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement load_static")
 
+    def anneal(self, progress: float) -> None:
+        """Follow a schedule; called before every training batch. Most layers have none.
+
+        What it sets is to be kept in a persistent buffer, and never to go back: a second training starts at 0 again.
+
+        Args:
+            progress: The part of the training that is over, from 0 to 1.
+        """
+
     @classmethod
     def shipped(cls, layers: Sequence[Any]) -> list[nn.Module]:
         """Layers that were built together, as they are shipped: the same numbers, sooner; by default as they are.
@@ -109,6 +118,31 @@ class DynamicConv(nn.Module):
             One module per layer.
         """
         return list(layers)
+
+    def absorb(self, scale: Tensor, shift: Tensor) -> bool:
+        """Become the same layer with an affine map of each output channel behind it, scale * y + shift; for `fold`.
+
+        By default a layer that is linear in ``bank`` [out, ...], and adds ``bias``, can.
+
+        Args:
+            scale: [out].
+            shift: [out].
+
+        Returns:
+            Whether it could. If not it is as before, and the BatchNorm behind it stays.
+        """
+        bank: Any = getattr(self, "bank", None)
+        if bank is None:
+            return False
+        bank.data = (bank.data * scale.reshape(-1, *(1,) * (bank.ndim - 1))).to(bank.dtype)
+        self.absorb_in_bias(scale, shift, bank.dtype)
+        return True
+
+    def absorb_in_bias(self, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> None:
+        """The part of :meth:`absorb` that a static ``bias`` [out] (or None) has in it."""
+        bias: Any = self.bias
+        moved = shift if bias is None else bias.data * scale + shift
+        self.register_parameter("bias", nn.Parameter(moved.to(dtype)))
 
     def check_input(self, x: Tensor) -> None:
         """Raise unless x is [B, in, *size]."""

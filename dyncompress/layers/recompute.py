@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dyncompress.layers.mixing import assemble
+from dyncompress.layers.mixing import assemble, kernels_of, rows_of
 
 __all__ = ["Shapes", "convolve_batch", "gradients"]
 
@@ -25,6 +25,7 @@ class Shapes(NamedTuple):
     groups: int
     pointwise: bool  # one matrix product per image
     chunk: int  # images whose kernels are there at the same time
+    weight: tuple[int, ...] = ()  # (out, in / groups, *kernel), of a bank whose rows are no output channels
 
 
 def convolve_batch(x: Tensor, bank: Tensor, eta: Tensor, shapes: Shapes) -> Tensor:
@@ -32,8 +33,8 @@ def convolve_batch(x: Tensor, bank: Tensor, eta: Tensor, shapes: Shapes) -> Tens
 
     Args:
         x: [B, in, *size], in the precision of the convolution; B at least 1.
-        bank: [out, g, in / groups, *kernel].
-        eta: [B, out, g].
+        bank: [out, g, in / groups, *kernel], or another of :mod:`dyncompress.layers.mixing`.
+        eta: [B, out, g], or as the bank has rows.
         shapes: The rest of the convolution.
 
     Returns:
@@ -51,7 +52,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, bank: Tensor, eta: Tensor, shapes: Shapes) -> Tensor:
         parts = zip(x.split(shapes.chunk), eta.split(shapes.chunk), strict=True)
-        return torch.cat([_forward(part, assemble(bank, mix).to(x.dtype), shapes) for part, mix in parts])
+        return torch.cat([_forward(part, _kernels(bank, mix, shapes).to(x.dtype), shapes) for part, mix in parts])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Shapes], output: Tensor) -> None:
@@ -74,13 +75,17 @@ def gradients(
     of_x, of_eta, of_bank = [], [], torch.zeros_like(bank)
     parts = zip(*(t.split(shapes.chunk) for t in (of_out, x, eta)), strict=True)
     for gradient, part, mix in parts:
-        kernels = assemble(bank, mix).to(x.dtype)
+        kernels = _kernels(bank, mix, shapes).to(x.dtype)
         for_x, for_kernels = _backward(gradient, part, kernels, shapes, wanted)
         of_x.append(for_x)
-        rows = for_kernels.to(bank.dtype).flatten(2).transpose(0, 1)
+        rows = rows_of(for_kernels.to(bank.dtype), bank)
         of_bank = of_bank + torch.bmm(mix.to(bank.dtype).permute(1, 2, 0), rows).reshape(bank.shape)
         of_eta.append(torch.bmm(rows, bank.flatten(2).transpose(1, 2)).transpose(0, 1).to(eta.dtype))
     return torch.cat(of_x) if wanted else None, of_bank, torch.cat(of_eta)
+
+
+def _kernels(bank: Tensor, eta: Tensor, shapes: Shapes) -> Tensor:
+    return kernels_of(bank, eta, shapes.weight) if shapes.weight else assemble(bank, eta)
 
 
 def _forward(x: Tensor, kernels: Tensor, shapes: Shapes) -> Tensor:

@@ -17,10 +17,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyncompress.layers import (
+    C2sp,
+    CondConv,
     ConvSite,
     ConvSpec,
+    DyConv,
+    DynamicConv,
     DyNet,
+    KernelWarehouse,
     Method,
+    ODConv,
     Static,
     get_method,
     list_methods,
@@ -32,6 +38,14 @@ METHODS = [
     DyNet(g=3, router="layer"),
     DyNet(g=2, reduction=4),
     DyNet(g=2, router="layer", reduction=2),
+    CondConv(experts=2),
+    DyConv(kernels=3, reduction=2),
+    ODConv(kernels=4),
+    ODConv(kernels=2, spatial=False),
+    ODConv(kernels=1, spatial=False),
+    C2sp(g=2),
+    KernelWarehouse(ratio=0.5),
+    KernelWarehouse(ratio=2, cell=0.5),
 ]
 # Layers that follow each other, as in a block; the last of each changes the size, the channels or both.
 BLOCKS = {
@@ -69,7 +83,7 @@ def clause(check: Callable[[Method, list[ConvSite]], None]) -> Callable[[Method,
     @pytest.mark.parametrize("method", METHODS, ids=str)
     @pytest.mark.parametrize("block", BLOCKS)
     def test(method: Method, block: str) -> None:
-        if reason := getattr(type(method), "exceptions", {}).get(name):
+        if reason := getattr(method, "exceptions", {}).get(name):
             pytest.skip(reason)
         check(method, sites_of(BLOCKS[block]))
 
@@ -87,10 +101,13 @@ def sites_of(specs: Sequence[ConvSpec]) -> list[ConvSite]:
 
 def build(method: Method, sites: list[ConvSite]) -> nn.Sequential:
     """The layers in execution order, none of whose parameters is zero or neutral any more."""
-    sets = [sites] if method.sharing == "block" else [[site] for site in sites]
+    sets = [[site] for site in sites] if method.sharing == "layer" else [sites]
     net = nn.Sequential(*(layer for together in sets for layer in method.build(together)))
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
+    for layer in net:
+        if isinstance(layer, DynamicConv):
+            layer.anneal(1.0)  # as after its schedule, during which some parameters wait
     return net
 
 
@@ -141,7 +158,7 @@ def test_macs_are_what_torch_counts(method: Method, sites: list[ConvSite]) -> No
     with FlopCounterMode(display=False) as counter:
         net(images(sites, batch=1))
     counted = [sum(counter.get_flop_counts()[f"Sequential.{i}"].values()) // 2 for i in range(len(sites))]
-    sets = [sites] if method.sharing == "block" else [[site] for site in sites]
+    sets = [[site] for site in sites] if method.sharing == "layer" else [sites]
     assert counted == [macs.total for together in sets for macs in method.macs(together)]
 
 

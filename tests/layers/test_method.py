@@ -11,7 +11,7 @@ from dyncompress.layers import DyNet, Method, Static, get_method, list_methods, 
 
 
 def test_the_methods_of_the_library() -> None:
-    assert list_methods() == ["dynet", "static"]
+    assert list_methods() == ["c2sp", "condconv", "dcd", "dyconv", "dynet", "kernelwarehouse", "odconv", "static"]
     assert get_method("dynet") == DyNet()
     assert get_method("static") == Static()
 
@@ -22,7 +22,7 @@ def test_name_and_options_say_it_all(configured: DyNet | Static) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UnknownMethodError, match=r"no method 'dinet'; known: dynet, static; did you mean 'dynet'\?"):
+    with pytest.raises(UnknownMethodError, match=r"no method 'dinet'; known: .*; did you mean 'dynet'\?"):
         get_method("dinet")
     with pytest.raises(UnknownMethodError, match="use one of those"):
         get_method("winograd")

@@ -345,8 +345,8 @@ MESSAGES: dict[str, tuple[Callable[[], object], tuple[str, str, str]]] = {
     "temperature": (lambda: DistillConfig(temperature=1e30), ("1e+30", "0.001 to 10000", "1 to 10 is usual")),
     "kind": (lambda: DistillConfig(kind=[]), ("[]", "logits, mse", "choose")),  # type: ignore[arg-type]
     "features": (lambda: DistillConfig(features={3: 1.0}), ("3", "text of a module's path", "a name is")),  # type: ignore[dict-item]
-    "method": (lambda: configured("dynett", {}), ("'dynett'", "dynet, static", "did you mean")),
-    "method, no name": (lambda: configured(["dynet"], {}), ("['dynet']", "dynet, static", "did you mean")),  # type: ignore[arg-type]
+    "method": (lambda: configured("dynett", {}), ("'dynett'", "known: c2sp, condconv", "did you mean")),
+    "method, no name": (lambda: configured(["dynet"], {}), ("['dynet']", "known: c2sp, condconv", "did you mean")),  # type: ignore[arg-type]
     "option": (lambda: configured("dynet", {"G": 4}), ("'G'", "g, router, reduction, placement", "use one of those")),
     "options": (lambda: configured("dynet", [4]), ("[4]", "mapping of names", "give a dict")),  # type: ignore[arg-type]
     "g": (lambda: configured("dynet", {"g": True}), ("True", "2 to 1024", "give")),

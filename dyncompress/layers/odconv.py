@@ -1,0 +1,262 @@
+"""ODConv: attention along all four dimensions of a bank of kernels: position, input channel, output channel, kernel.
+
+Paper: Li, Zhou, Yao, "Omni-Dimensional Dynamic Convolution", ICLR 2022, arXiv 2209.07947, section 3. For image b, with
+h = relu(U GAP(x[b]) + u) and T that falls from 30 to 1::
+
+    c = 2 sigmoid(C h / T)     [in]         f = 2 sigmoid(F h / T)   [out]
+    s = 2 sigmoid(S h / T)     [*kernel]    k = softmax(K h / T)     [K]
+    y[b] = f * ((sum_i k_i * s * W_i) conv (c * x[b])) + bias
+
+As in the authors' code there is no f where the convolution is depthwise, no s where it is 1x1, and no k for one kernel.
+c and f are applied to the images, which costs less than to kernels. Of one kernel, 1x1 or with ``spatial=False``,
+nothing is left to mix: it is a plain convolution.
+
+Deviations from the paper:
+
+* Each sigmoid has a factor 2, so that it starts at 1 and kernels at the scale of static ones. Same functions: the
+  paper's with kernels divided by 2 for each of c, f and s.
+* No BatchNorm in the router: it mixes the images of a batch, and knows no batch of one in training.
+* A bias, which authors' code has none of, stays outside.
+* Kernels and positions are mixed by one product per position; K kernels per image are never in memory.
+* Temperature falls within a part of the training (``warmup``), not within 10 epochs, and is part of the state dict.
+* Training starts from a static convolution (``load_static``), whatever the temperature is; the paper trains from
+  scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dyncompress.errors import DynCompressError, shown
+from dyncompress.layers.annealing import Temperature, check_annealing
+from dyncompress.layers.execution import convolve, dynamic_conv
+from dyncompress.layers.method import Method, register_method
+from dyncompress.layers.placement import affordable, better_static, check_placement, pays
+from dyncompress.layers.router import RouterLinear, Squeeze
+from dyncompress.layers.sharedbank import SharedBank, check_kernels
+from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
+from dyncompress.layers.static import Static
+
+__all__ = ["ODConv", "ODConvLayer"]
+
+_REDUCTION, _LEAST_HIDDEN = 16, 16
+
+
+class Heads(NamedTuple):
+    """How many coefficients of each kind a layer has; 0 where it does without."""
+
+    channels: int
+    filters: int
+    taps: int
+    kernels: int
+
+
+@register_method("odconv")
+@dataclass(frozen=True)
+class ODConv:
+    """Options of ODConv.
+
+    Args:
+        kernels: Kernels per layer, K: the paper's "ODConv (1x)" and "(4x)" are 1 and 4.
+        spatial: Whether positions within a kernel have attention. Without it, and with one kernel, no kernel is
+            assembled: attention costs the router, and one product per pixel.
+        temperature: Where training begins.
+        warmup: Part of the training within which the temperature falls to 1.
+        placement: ``"auto"``: give layers fewer kernels, then no spatial attention, where mixing costs more than it can
+            give, and leave depthwise and tiny ones static; ``"all"``: everything everywhere.
+
+    Raises:
+        DynCompressError: If an option has no such value.
+
+    Source:
+        arXiv 2209.07947, section 3; hidden units max(in / 16, 16) and temperature 30 -> 1 as in the paper's code.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = "Omni-Dimensional Dynamic Convolution, ICLR 2022, arXiv 2209.07947"
+
+    kernels: int = 1
+    spatial: bool = True
+    temperature: float = 30.0
+    warmup: float = 0.1
+    placement: Literal["auto", "all"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_kernels("kernels", self.kernels, "1")
+        if type(self.spatial) is not bool:
+            raise DynCompressError(f"spatial {shown(self.spatial)} is neither True nor False: say whether it's wanted")
+        check_annealing(self.temperature, self.warmup)
+        check_placement(self.placement)
+
+    @property
+    def sharing(self) -> Literal["layer", "block"]:
+        """Each layer is built alone."""
+        return "layer"
+
+    def place(self, site: ConvSite) -> tuple[Method, str]:
+        """ODConv, with so many kernels as measured cost allows; where not even one can be assembled, plain.
+
+        The rule is that of `DyNet.place`, but attention to channels costs next to nothing and stays.
+
+        Example:
+            >>> method, reason = ODConv(kernels=4).place(ConvSite("c", ConvSpec(256, 256, (3, 3)), positions=49))
+            >>> print(method.kernels, method.spatial)
+            1 False
+        """
+        if self.placement == "all":
+            return self, ""
+        if reason := better_static(site):
+            return Static(), reason
+        count, why = affordable(self.kernels, site)
+        method = replace(self, kernels=max(1, count))
+        changes = [f"kernels {self.kernels} -> {method.kernels}: {why}"] if why else []
+        if method.kernels == 1 and _heads(self, site.spec).taps and not pays(1, site):
+            method = replace(method, spatial=False)
+            changes.append("no spatial attention, which would assemble a kernel")
+        return (method, "; ".join(changes)) if changes else (self, "")
+
+    def macs(self, sites: Sequence[ConvSite]) -> list[Macs]:
+        """Multiply-adds per image: conv = P * S, kernels = K * P, router = hidden * (in + coefficients).
+
+        S are output positions, P weights of one static kernel; there are in + out + prod(kernel) + K coefficients, less
+        those of the attentions that a layer does without. One kernel without spatial attention is not assembled.
+
+        Example:
+            >>> site = ConvSite("c", ConvSpec(16, 32, (3, 3)), positions=64)
+            >>> ODConv(kernels=4).macs([site])  # 16 * (16 + 16 + 32 + 9 + 4)
+            [Macs(conv=294912, kernels=18432, router=1232)]
+            >>> ODConv(kernels=1, spatial=False).macs([site])
+            [Macs(conv=294912, kernels=0, router=1024)]
+        """
+        costs = []
+        for site in sites:
+            heads, weights = _heads(self, site.spec), site.spec.kernel_params
+            mixed = self.kernels * weights if heads.taps or heads.kernels else 0
+            router = _hidden(site.spec) * (site.spec.in_channels + sum(heads))
+            costs.append(Macs(weights * site.positions, mixed, router))
+        return costs
+
+    def params(self, sites: Sequence[ConvSite]) -> list[int]:
+        """Parameters: bank K * P, bias, router (in + 1) * hidden + (hidden + 1) * coefficients."""
+        counts = []
+        for site in sites:
+            hidden, spec = _hidden(site.spec), site.spec
+            router = (spec.in_channels + 1) * hidden + (hidden + 1) * sum(_heads(self, spec))
+            counts.append(self.kernels * spec.kernel_params + spec.out_channels * spec.bias + router)
+        return counts
+
+    def build(self, sites: Sequence[ConvSite]) -> list[nn.Module]:
+        """One layer per site."""
+        return [
+            ODConvLayer(site.spec, self.kernels, _heads(self, site.spec), self.temperature, self.warmup)
+            for site in sites
+        ]
+
+
+def _heads(method: ODConv, spec: ConvSpec) -> Heads:
+    taps = prod(spec.kernel_size)
+    return Heads(
+        channels=spec.in_channels,
+        filters=0 if spec.in_channels == spec.out_channels == spec.groups else spec.out_channels,
+        taps=taps if method.spatial and taps > 1 else 0,
+        kernels=method.kernels if method.kernels > 1 else 0,
+    )
+
+
+def _hidden(spec: ConvSpec) -> int:
+    return max(_LEAST_HIDDEN, spec.in_channels // _REDUCTION)
+
+
+class ODConvLayer(SharedBank):
+    """A convolution with attention to its channels, and to positions and kernels of its bank.
+
+    Args:
+        spec: Shapes of the convolution.
+        kernels: K.
+        heads: Coefficients of each kind.
+        temperature: Where training begins.
+        warmup: Part of the training within which it falls to 1.
+    """
+
+    method: ClassVar[str] = "odconv"
+
+    def __init__(self, spec: ConvSpec, kernels: int, heads: Heads, temperature: float, warmup: float) -> None:
+        super().__init__(spec, kernels, share=1 / kernels, taps=heads.taps > 0)
+        self.heads = heads
+        self.squeeze = Squeeze(spec.in_channels, _hidden(spec))
+        self.router = RouterLinear(_hidden(spec), sum(heads))  # all heads in one product
+        self.temperature = Temperature(temperature, warmup)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from scratch: neutral attention, a mixed kernel with the variance of nn.ConvNd's default."""
+        self.reset_bank()
+        nn.init.zeros_(self.router.weight)
+        nn.init.zeros_(self.router.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [B, in, *size] -> [B, out, *size']."""
+        self.check_input(x)
+        channels, filters, eta = self.coefficients(x)
+        x = x * _per_channel(channels, x)
+        if eta is None:
+            out = convolve(x, self.bank[0, 0], None, self.spec, self.groups)
+        else:
+            out = dynamic_conv(x, self.bank, eta, None, self.spec)
+        if filters is not None:
+            out = out * _per_channel(filters, out)
+        return out if self.bias is None else out + _per_channel(self.bias.unsqueeze(0), out)
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of x [B, in, *size], in fp32 at least.
+
+        Returns:
+            channels [B, in] and filters [B, out], both in (0, 2), and what mixes the bank, [B, taps, K]. None where the
+            layer does without.
+        """
+        logits = self.temperature(self.router(self.squeeze(x)))
+        channels, filters, taps, kernels = logits.split(tuple(self.heads), dim=1)
+        eta = None
+        if self.heads.kernels:
+            eta = torch.softmax(kernels, dim=1).unsqueeze(1)
+        if self.heads.taps:
+            spatial = 2 * torch.sigmoid(taps).unsqueeze(2)
+            eta = spatial if eta is None else spatial * eta
+        return 2 * torch.sigmoid(channels), 2 * torch.sigmoid(filters) if self.heads.filters else None, eta
+
+    def anneal(self, progress: float) -> None:
+        """Lower the temperature; see :class:`dyncompress.layers.annealing.Temperature`."""
+        self.temperature.anneal(progress)
+
+    @torch.no_grad()
+    def load_static(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        spare: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Warm start: neutral attention at every temperature, and kernels whose mean is the static one.
+
+        See :meth:`SharedBank.load_bank` for the kernels, :meth:`DynamicConv.load_static` for arguments and errors.
+        """
+        self.load_bank(weight, bias, spare, generator)
+        nn.init.zeros_(self.router.weight)
+        nn.init.zeros_(self.router.bias)
+
+    def extra_repr(self) -> str:
+        """Method, shapes, K, and which attention it has."""
+        kinds = ", ".join(kind for kind, count in self.heads._asdict().items() if count)
+        return f"{super().extra_repr()}, kernels={self.kernels}, attention to {kinds}"
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """[B, C] -> [B, C, 1, ...] in the dtype of what it is multiplied with."""
+    return values.to(like.dtype).reshape(*values.shape, *(1,) * (like.ndim - 2))
