@@ -19,9 +19,7 @@ from dyncompress.layers.router import RouterLinear
 from tests.classifiers import Net, classifier, equal, fit, weights
 
 Classifier = classifier()
-# The promise is of these. The methods that came after them keep the contract of tests/layers/test_contract.py, and were
-# tried here, too: their routers do not stand the extreme inputs yet (dcd, odconv, kernelwarehouse), their coefficients
-# have other names and shapes, and c2sp starts from another kernel and can't be asked for 50 %.
+# Others keep the contract of tests/layers; extreme inputs dcd, odconv and kernelwarehouse do not stand yet.
 METHODS = ["condconv", "dynet", "static"]
 # A block of two layers each, with the size of its input and a batch: every way in which a dynamic convolution runs.
 BLOCKS: dict[str, tuple[list[ConvSpec], tuple[int, ...], int]] = {
