@@ -79,6 +79,11 @@ class C2sp:
     def _inner(self) -> Static | DyNet:
         return Static() if self.g == 1 else DyNet(g=self.g, router="layer", placement="all")
 
+    @property
+    def adapts(self) -> str:
+        """What depends on the input."""
+        return self._inner.adapts
+
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """Even kernels where there is an odd one; a convolution without stays static.
 

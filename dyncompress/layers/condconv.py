@@ -54,6 +54,7 @@ class CondConv:
     paper: ClassVar[str] = (
         "CondConv: Conditionally Parameterized Convolutions for Efficient Inference, arXiv 1904.04971"
     )
+    adapts: ClassVar[str] = "a mix per layer"
 
     experts: int = 4
     placement: Literal["auto", "all"] = "auto"

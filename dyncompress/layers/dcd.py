@@ -67,6 +67,7 @@ class Dcd:
 
     name: ClassVar[str]
     paper: ClassVar[str] = "Revisiting Dynamic Convolution via Matrix Decomposition, ICLR 2021, arXiv 2103.08756"
+    adapts: ClassVar[str] = "a low-rank difference"
 
     latent: int | None = None
     placement: Literal["auto", "all"] = "auto"

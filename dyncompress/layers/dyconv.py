@@ -60,6 +60,7 @@ class DyConv:
 
     name: ClassVar[str]
     paper: ClassVar[str] = "Dynamic Convolution: Attention over Convolution Kernels, arXiv 1912.03458"
+    adapts: ClassVar[str] = "a mix per layer"
 
     kernels: int = 4
     reduction: int = 4

@@ -68,6 +68,7 @@ class DyNet:
 
     name: ClassVar[str]
     paper: ClassVar[str] = "DyNet: Dynamic Convolution for Accelerating Convolutional Neural Networks, arXiv 2004.10694"
+    adapts: ClassVar[str] = "a mix per output channel"
 
     g: int = 4
     router: Literal["block", "layer"] = "block"

@@ -24,8 +24,9 @@ __all__ = ["DynamicConv", "Method", "configured", "get_method", "list_methods", 
 class Method(Protocol):
     """A way to replace convolutions, as a frozen dataclass of options.
 
-    Its layers keep the contract of ``tests/layers/test_contract.py``; where one cannot keep a clause, the method says
-    why in a class attribute ``exceptions``, {clause: reason}.
+    Its layers keep the contract of ``tests/layers/contract.py``; where one cannot keep a clause, the method says
+    why in a class attribute ``exceptions``, {clause: reason}. Another, ``adapts``, says in a few words what of a layer
+    depends on its input, for `dyncompress methods`.
 
     Attributes:
         name: Registered name, set by :func:`register_method`.
@@ -234,7 +235,8 @@ def get_method(name: str, /, **options: Any) -> Method:
     """
     if not isinstance(name, str) or name not in _METHODS:
         raise UnknownMethodError(
-            f"no method {shown(name)}; known: {', '.join(list_methods())}{_nearest(name, _METHODS)}"
+            f"no method {shown(name)}; known: {', '.join(list_methods())}{_nearest(name, _METHODS)}; a method of"
+            " another package is known once the module that registers it is imported"
         )
     method: Any = _METHODS[name]
     allowed = [field.name for field in dataclasses.fields(method)]

@@ -80,6 +80,7 @@ class ODConv:
 
     name: ClassVar[str]
     paper: ClassVar[str] = "Omni-Dimensional Dynamic Convolution, ICLR 2022, arXiv 2209.07947"
+    adapts: ClassVar[str] = "scales per channel, tap"
 
     kernels: int = 1
     spatial: bool = True

@@ -25,6 +25,7 @@ class Static:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
+    adapts: ClassVar[str] = "nothing"
     exceptions: ClassVar[dict[str, str]] = {"repr_names_the_method": "a plain nn.ConvNd prints as in torch"}
 
     @property
