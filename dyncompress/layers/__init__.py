@@ -8,6 +8,8 @@ from __future__ import annotations
 from dyncompress.layers.c2sp import C2sp
 from dyncompress.layers.condconv import CondConv
 from dyncompress.layers.dcd import Dcd
+from dyncompress.layers.drconv import DRConv
+from dyncompress.layers.dyco3d import DyCo3d
 from dyncompress.layers.dyconv import DyConv
 from dyncompress.layers.dynet import DyNet
 from dyncompress.layers.kernelwarehouse import KernelWarehouse
@@ -21,7 +23,9 @@ __all__ = [
     "CondConv",
     "ConvSite",
     "ConvSpec",
+    "DRConv",
     "Dcd",
+    "DyCo3d",
     "DyConv",
     "DyNet",
     "DynamicConv",
