@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from rich.table import Table
 
 from dyncompress import __version__
 from dyncompress.allocator import keep_freed_memory
 from dyncompress.budget import Budget
+from dyncompress.comparison import compare, reference, tables
 from dyncompress.errors import DynCompressError, RecipeError
-from dyncompress.layers import get_method, list_methods
 from dyncompress.recipe import read_recipe
 
 WIDTH = 120  # columns, where there is no terminal to ask
@@ -23,7 +24,8 @@ EPILOG = """examples:
   dyncompress plan recipes/digits.yaml --target 33%           what would become of every layer; nothing is trained
   dyncompress run recipes/digits.yaml --target 33% --epochs 5   compress, fine-tune, compare, report
   dyncompress run --help                                      every key of a recipe
-  dyncompress report runs/                                    all results side by side"""
+  dyncompress report runs/                                    all results side by side
+  dyncompress methods --channels 256 --size 14 --measure      what each method costs on a convolution, and takes"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command == "report":
             _report(arguments.folder, arguments.out)
         else:
-            _console().print(_methods())
+            _methods(arguments)
     except DynCompressError as error:
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"dyncompress: {error}")
         return 2
@@ -76,7 +78,17 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="compare the results of all runs in a folder", allow_abbrev=False)
     report.add_argument("folder", nargs="?", default="runs", help="where runs are, at any depth (default: runs)")
     report.add_argument("--out", default=None, help="picture of the trade-off (default: FOLDER/tradeoff.png)")
-    commands.add_parser("methods", help="list the methods and their options", allow_abbrev=False)
+    methods = commands.add_parser("methods", help="compare the methods on one convolution", allow_abbrev=False)
+    for option, (value, text) in {
+        "channels": (64, "channels in and out"),
+        "kernel": (3, "size of the kernel"),
+        "size": (28, "pixels of an input's side"),
+        "groups": (1, "groups of channels"),
+        "dims": (2, "spatial dimensions"),
+    }.items():
+        methods.add_argument(f"--{option}", type=int, default=value, metavar="N", help=f"{text} (default: {value})")
+    methods.add_argument("--measure", action="store_true", help="time them on this machine, one thread, one image")
+    methods.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
 
@@ -125,12 +137,13 @@ def _report(folder: str, out: str | None) -> None:
     console.print(f"plotted in {path}", highlight=False)
 
 
-def _methods() -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for heading in ("method", "paper", "options"):
-        table.add_column(heading)
-    for name in list_methods():
-        method = get_method(name)
-        options = dataclasses.asdict(method)  # type: ignore[call-overload]
-        table.add_row(name, method.paper, ", ".join(f"{key}={value!r}" for key, value in options.items()))
-    return table
+def _methods(arguments: argparse.Namespace) -> None:
+    site = reference(arguments.channels, arguments.kernel, arguments.size, arguments.groups, arguments.dims)
+    example = torch.randn(1, arguments.channels, *[arguments.size] * arguments.dims) if arguments.measure else None
+    entries = compare(site, example=example)
+    if arguments.json:
+        sys.stdout.write(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1) + "\n")
+        return
+    console = _console()
+    for part in tables(entries, site):
+        console.print(part, highlight=False)

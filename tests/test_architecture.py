@@ -21,7 +21,7 @@ ORDER = """
     allocator provenance latencytable prediction worth pacing planning
     plotting arms report tracking bundle formats exporting checkpoint
     host schedules student patch restoring inputs teaching callback
-    recipe subject loggers runner cli __main__
+    recipe subject loggers runner comparison cli __main__
 """.split()
 HOST = "callback"  # the first module that may know Lightning or W&B; those above it work on any torch network
 HOSTS = {"lightning", "pytorch_lightning", "wandb"}
