@@ -6,6 +6,7 @@ files hold random weights, an input and the outputs of that code, so that the te
     python -m benchmarks.agreement kernelwarehouse /path/to/KernelWarehouse
     python -m benchmarks.agreement odconv /path/to/ODConv
     python -m benchmarks.agreement dcd /path/to/dcd    # github.com/liyunsheng13/dcd, seen at 6a5e27f
+    python -m benchmarks.agreement drconv /path/to/DRConv  # github.com/megvii-research/DRConv, seen at 063a8e5
     python -m benchmarks.agreement condconv .zoo       # timm's
 """
 
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.speed.peers import load
-from dyncompress.layers import CondConv, ConvSite, ConvSpec, Dcd, Method, ODConv
+from dyncompress.layers import CondConv, ConvSite, ConvSpec, Dcd, DRConv, Method, ODConv
 
 DATA = Path(__file__).parents[1] / "tests/layers/data"
 TOLERANCE = 1e-5
@@ -145,6 +147,39 @@ def dcd(clone: Path) -> Iterator[Case]:
         yield name, ours, x, theirs.eval()(x)
 
 
+def drconv(clone: Path) -> Iterator[Case]:
+    """The kernels of the authors' layer. Its operator is compiled for CUDA, and returns zeros where there is none.
+
+    So a module in the operator's place takes what their forward hands to it: the unfolded input, the regions' kernels
+    and the mask. It returns the product that their CUDA source spells out. Coefficients, bank and layout are theirs,
+    mask and product ours.
+    """
+    name = "Deformable_MatMul3"
+    sys.modules[name] = ModuleType(name)
+    sys.modules[f"{name}.{name}"] = product = ModuleType(f"{name}.{name}")
+    product.Deformable_MatMul3 = _RegionProduct  # type: ignore[attr-defined]
+    module = load(clone / "DRConv.py")
+    spec = ConvSpec(8, 12, (3, 3), (1, 1), (1, 1))
+    theirs = module.DRConv(8, 12, 3, padding=1)
+    _randomise(theirs)
+    ours = _layer(DRConv(), spec)
+    nn.init.normal_(ours.guide)
+    ours.bank.copy_(theirs.weight.T.reshape(ours.bank.shape))
+    ours.bias.copy_(theirs.bias)
+    ours.router.load_state_dict(theirs.routing_fc.state_dict())
+    x = torch.randn(3, 8, 7, 6)
+    logits = F.conv2d(x, ours.guide, padding=1)
+    yield "kernels", ours, x, theirs(x, logits.argmax(1), logits.softmax(1))
+
+
+class _RegionProduct(nn.Module):
+    """Each column of inputs [B, n, *size] times the matrix of its region, of kernels [B, out, n, m]."""
+
+    def forward(self, inputs: Tensor, kernels: Tensor, mask: Tensor, *_: Any) -> Tensor:
+        chosen = F.one_hot(mask, kernels.shape[-1]).to(inputs)
+        return torch.einsum("bnhw,bonm,bhwm->bohw", inputs, kernels, chosen)
+
+
 @torch.no_grad()
 def _compared(peer: Callable[[Path], Iterator[Case]], clone: Path) -> dict[str, Tensor]:
     """Cases of a peer, "name.": input x, output y, and our weights; refused where ours returns anything else."""
@@ -186,6 +221,7 @@ PEERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "condconv": partial(_compared, condconv),
     "odconv": partial(_compared, odconv),
     "dcd": partial(_compared, dcd),
+    "drconv": partial(_compared, drconv),
 }
 
 
