@@ -13,7 +13,7 @@ from dyncompress.cost import fits
 from dyncompress.errors import CheckpointError, DynCompressError, PlanError
 from dyncompress.graph import as_call, bare, duplicate, misfit, parameter_shapes
 from dyncompress.importance import best, importance
-from dyncompress.layers import Static, load_static
+from dyncompress.layers import Static, TokenConv, load_static
 from dyncompress.narrowing import cut, positions
 from dyncompress.plan import Plan
 
@@ -88,16 +88,16 @@ def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
     _cut(net, plan)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
-        old = net.get_submodule(name)
+        old: Any = net.get_submodule(name)
         weight, bias = _filters(old)
         layer.to(weight.device, weight.dtype)
         spare = _spare(originals[name], plan, f"{name}.weight")
         load_static(layer, weight, bias, spare=spare, generator=generator)
         layer.train(old.training)
-        if not weight.requires_grad:
+        if not old.weight.requires_grad:
             layer.requires_grad_(False)
         parent, _, child = name.rpartition(".")
-        setattr(net.get_submodule(parent), child, layer)
+        setattr(net.get_submodule(parent), child, TokenConv(layer) if isinstance(old, nn.Linear) else layer)
     anchor = net.get_submodule(plan.graph.anchor)
     anchor.add_module(TAG, PlanTag(plan))
     return net
@@ -134,8 +134,11 @@ def _cut(net: nn.Module, plan: Plan) -> None:
     cut(net, plan.graph, [k for k in plan.keep if not isinstance(k, int)])
 
 
-def _filters(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return conv.weight, conv.bias  # type: ignore[return-value]
+def _filters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Kernel and bias of a convolution; those of a linear layer as a pointwise one."""
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    return weight.unsqueeze(-1) if isinstance(layer, nn.Linear) else weight, bias
 
 
 def _spare(weight: Tensor, plan: Plan, name: str) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dyncompress.conversion import TAG, plan_of
 from dyncompress.errors import PlanError
-from dyncompress.layers import DynamicConv
+from dyncompress.layers import DynamicConv, TokenConv
 
 
 def fold(student: nn.Module) -> nn.Module:
@@ -47,12 +47,18 @@ def fold(student: nn.Module) -> nn.Module:
         parent, _, child = op.norm.rpartition(".")
         setattr(folded.get_submodule(parent), child, rest)
     for members in plan.costs.sets:
-        layers = [folded.get_submodule(op.module) for op in members]
+        paths = [_path(folded, op.module) for op in members]
+        layers = [folded.get_submodule(path) for path in paths]
         if isinstance(layers[0], DynamicConv):
-            for op, layer in zip(members, layers[0].shipped(layers), strict=True):
-                parent, _, child = op.module.rpartition(".")
+            for path, layer in zip(paths, layers[0].shipped(layers), strict=True):
+                parent, _, child = path.rpartition(".")
                 setattr(folded.get_submodule(parent), child, layer.eval())
     return folded
+
+
+def _path(net: nn.Module, name: str) -> str:
+    """Of a layer's convolution, which is inside what takes the place of a linear layer."""
+    return f"{name}.conv" if isinstance(net.get_submodule(name), TokenConv) else name
 
 
 def _absorb(conv: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> bool:

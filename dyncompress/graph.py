@@ -37,12 +37,12 @@ class Operation:
     """A product of the network and its cost: ``macs = fixed * prod(extent of each axis)``, for one image."""
 
     module: str
-    kind: str  # conv, conv_transpose, matmul
+    kind: str  # conv, conv_transpose, matmul; linear, where that is a layer that can become dynamic
     weight: str
     fixed: int
     axes: tuple[Extent, ...]
     positions: int
-    spec: ConvSpec | None = None  # set where the module is a plain convolution, which can become dynamic
+    spec: ConvSpec | None = None  # set where the module is a plain layer, which can become dynamic
     block: str = ""  # the residual block around it, where the network shows one
     norm: str = ""  # the BatchNorm that alone reads its result, and can be folded into it
     reason: str = ""  # why its output channels are pinned
@@ -71,7 +71,7 @@ class ConvGraph:
 
     @property
     def convs(self) -> tuple[Operation, ...]:
-        """Convolutions that a method can replace."""
+        """Convolutions that a method can replace, and linear layers where it takes those."""
         return tuple(op for op in self.operations if op.spec is not None)
 
     @property
@@ -176,7 +176,8 @@ def misfit(net: nn.Module, graph: ConvGraph) -> str:
         if op.kind.startswith("conv") and module is None:
             return f"the network has no module '{op.module}'"
         if op.spec is not None:
-            found = ConvSpec.of(module) if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) else None  # type: ignore[arg-type]
+            plain = (nn.Linear,) if op.kind == "linear" else (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            found = ConvSpec.of(module) if type(module) in plain else None  # type: ignore[arg-type]
             if found != op.spec:
                 return f"'{op.module}' is {found or type(module).__name__}, the plan expects {op.spec}"
     for key, runs in graph.axes.items():

@@ -76,14 +76,14 @@ def agreed(counts: Any) -> dict[str, Runs]:
 _TIED = "its channels are tied to each other: all of them go, or none"
 
 
-def replaceable(net: nn.Module, recording: Recording) -> list[str]:
-    """Paths of the plain convolutions that ran."""
-    found = [op.module for op in recording.operations if not _obstacle(net, op)]
+def replaceable(net: nn.Module, recording: Recording, linear: bool) -> list[str]:
+    """Paths of the plain convolutions that ran, and of the linear layers if those are asked for."""
+    found = [op.module for op in recording.operations if not _obstacle(net, op, linear)]
     return list(dict.fromkeys(found))
 
 
 def operations(
-    net: nn.Module, recording: Recording, closed: Closed, missed: Mapping[str, str]
+    net: nn.Module, recording: Recording, closed: Closed, missed: Mapping[str, str], linear: bool
 ) -> tuple[Operation, ...]:
     """Recorded ops in terms of width groups; one that can become dynamic stands once for all of its calls.
 
@@ -91,11 +91,12 @@ def operations(
         net: The network.
         recording: Of its run.
         closed: Its width groups.
-        missed: Convolutions that its code needs as they are, and what it said.
+        missed: Layers that its code needs as they are, and what it said.
+        linear: Whether linear layers can become dynamic, too.
     """
     calls: dict[str, list[Recorded]] = defaultdict(list)
     for op in recording.operations:
-        if op.module not in missed and not _obstacle(net, op):
+        if op.module not in missed and not _obstacle(net, op, linear):
             calls[op.module].append(op)
     blocks = _blocks(recording, calls)
     found = []
@@ -110,23 +111,28 @@ def operations(
         )
         extents = tuple(extent(closed.runs(ids)) for ids in op.axes)
         spec, block, norm, runs = None, "", "", ()
-        static = _obstacle(net, op) if op.kind.startswith("conv") else ""
-        if op.module in missed and not static:
+        weighted = op.kind.startswith("conv") or (linear and bool(op.weight))
+        static = _obstacle(net, op, linear) if weighted else ""
+        if weighted and op.module in missed and not static:
             static = f"the network's code reads it ({missed[op.module]})"
+        kind = op.kind
         if op.module in calls:
+            kind = "conv" if kind == "conv" else "linear"
             spec = ConvSpec.of(net.get_submodule(op.module))  # type: ignore[arg-type]
             block, norm = blocks[op.module], recording.norms.get(op.module, "")
             runs = tuple((call.positions, call.images) for call in again)  # type: ignore[assignment]
         found.append(
-            Operation(op.module, op.kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason, static,
+            Operation(op.module, kind, op.weight, op.fixed, extents, op.positions, spec, block, norm, reason, static,
                       runs)
         )  # fmt: skip
     return tuple(found)
 
 
-def _obstacle(net: nn.Module, op: Recorded) -> str:
+def _obstacle(net: nn.Module, op: Recorded, linear: bool) -> str:
     """Why a product can't become a dynamic convolution."""
     module = net.get_submodule(op.module)
+    if linear and op.kind == "matmul" and op.weight:
+        return _linear_obstacle(module, op)
     if op.kind != "conv":
         return "a transposed convolution" if op.kind == "conv_transpose" else "no convolution"
     if not isinstance(module, nn.modules.conv._ConvNd):
@@ -134,6 +140,16 @@ def _obstacle(net: nn.Module, op: Recorded) -> str:
     if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return f"a {type(module).__name__} runs code of its own"
     return "" if op.weight == f"{op.module}.weight" else "its weight is computed"
+
+
+def _linear_obstacle(module: nn.Module, op: Recorded) -> str:
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__} runs code of its own"
+    if op.weight != f"{op.module}.weight":
+        return "its weight is computed, or another layer's, too"
+    if op.images != 1:
+        return f"reads {op.images} entries of one image along the first dimension, which is the batch of a convolution"
+    return "" if op.positions else "reads a single vector"
 
 
 def _blocks(recording: Recording, calls: Mapping[str, Sequence[Recorded]]) -> dict[str, str]:

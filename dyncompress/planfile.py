@@ -204,11 +204,13 @@ def _check_operations(graph: ConvGraph) -> None:
             )
         if op.spec is None:
             continue
-        shape = graph.parameters.get(op.weight, op.spec.weight_shape)  # the weight may be a buffer
-        if op.kind != "conv" or op.weight != f"{op.module}.weight" or shape != op.spec.weight_shape:
+        expected = op.spec.weight_shape[:2] if op.kind == "linear" else op.spec.weight_shape
+        shape = graph.parameters.get(op.weight, expected)  # the weight may be a buffer
+        fits = op.kind == "conv" or (op.kind == "linear" and op.spec.ndim == 1 and op.spec.is_pointwise)
+        if not fits or op.weight != f"{op.module}.weight" or shape != expected:
             raise PlanError(
                 f"{shown(op.module)} is a {op.kind} {op.spec} with weight {shown(op.weight)} of shape {shape}; a"
-                f" convolution has its own, of shape {op.spec.weight_shape}: {AGAIN}"
+                f" convolution, or a linear layer that is a pointwise one, has its own, of shape {expected}: {AGAIN}"
             )
         if op.positions < 1 or not op.runs or min(n for run in op.runs for n in run) < 1:
             raise PlanError(

@@ -28,7 +28,7 @@ from dyncompress.selection import Floors, Patterns, held, named, smallest
 from dyncompress.sensitivity import Sensitivity
 from dyncompress.sharing import share_of
 from dyncompress.taylor import Loss
-from dyncompress.tracing import Tracer, trace
+from dyncompress.tracing import Tracer
 from dyncompress.worth import placed
 
 ALLOCATIONS = ("uniform", "importance", "sensitivity")
@@ -236,7 +236,8 @@ def make_plan(
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
         raise BudgetError(f"tolerance {shown(tolerance)} is not between 0 and 1; 0.01 lands within 1% of the target")
     check(importance, batches, loss)
-    method, tracer = _method(method, options), Tracer(net, example)
+    method = _method(method, options)
+    tracer = Tracer(net, example, linear=getattr(method, "linear", False))
     table = _table(net, table, timed=budget.limit("latency") is not None)
     scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
     while True:
@@ -325,8 +326,9 @@ def reachable(
     if quantity not in ("macs", "params"):
         raise PlanError(f"quantity {shown(quantity)} has no range; choose macs or params")
     _check_width(min_width)
-    graph = trace(net, example)
-    problem = Problem(net, graph, _method(method, options), ignore, min_width, floors=floors, static=static)
+    method = _method(method, options)
+    graph = Tracer(net, example, linear=getattr(method, "linear", False)).graph
+    problem = Problem(net, graph, method, ignore, min_width, floors=floors, static=static)
     return problem.reach(quantity)
 
 

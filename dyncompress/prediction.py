@@ -10,6 +10,7 @@ networks whose BatchNorms are folded: so they are shipped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,7 +52,12 @@ def sizes(net: nn.Module, graph: ConvGraph, example: Any) -> dict[str, list[tupl
     copy = duplicate(net, share=True)
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: found[name].append((args[0].shape[0], tuple(args[0].shape[2:])))
+        def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            shape = args[0].shape
+            size = (math.prod(shape[1:-1]),) if isinstance(module, nn.Linear) else tuple(shape[2:])
+            found[name].append((shape[0], size))
+
+        return seen
 
     for name in found:
         copy.get_submodule(name).register_forward_pre_hook(note(name))

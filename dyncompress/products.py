@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dyncompress.labels import Maps, core, varies
@@ -93,10 +93,16 @@ def matmul(call: Call) -> Maps:
     total = out.numel() * a.shape[-1]
     name = mode.name_of(b) or mode.name_of(a)
     fixed = total // math.prod(len(x) for x in axes)
-    mode.operation(
-        Operation(mode.module, "matmul", name, fixed, axes, writes=core(columns[0]) if columns and name else None)
-    )
+    writes = core(columns[0]) if columns and name else None
+    images, positions = _tokens(mode.inputs()) if isinstance(mode.running, nn.Linear) else (1, 0)
+    mode.operation(Operation(mode.module, "matmul", name, fixed, axes, images, writes, positions))
     return tuple(passed)
+
+
+def _tokens(inputs: Sequence[Tensor]) -> tuple[int, int]:
+    """Images, and positions in each, that a linear layer reads: its first dimension, and those up to the last."""
+    shapes = [tuple(t.shape) for t in inputs if t.dim() > 1]
+    return (shapes[0][0], math.prod(shapes[0][1:-1])) if len(shapes) == 1 else (1, 0)
 
 
 def _axes(maps: Sequence[Tensor]) -> list[Tensor]:

@@ -88,6 +88,11 @@ class Propagation(TorchDispatchMode):
         return self._stack[-1][0]
 
     @property
+    def running(self) -> nn.Module:
+        """The innermost module that is running."""
+        return self._stack[-1][1]
+
+    @property
     def _turn(self) -> tuple[str, int]:
         """The call of a module that is running."""
         return self.module, self.recording.calls[self.module]

@@ -19,13 +19,13 @@ class Operation:
     """One multiply-accumulate op: ``macs = fixed * prod(kept channels of each axis)``."""
 
     module: str  # innermost module that was running
-    kind: str  # "conv", "conv_transpose" or "matmul"
+    kind: str  # "conv", "conv_transpose" or "matmul" (a linear layer's, too)
     weight: str  # name of the parameter, "" for a product of two activations
     fixed: int  # kernel elements x positions, both sides of the batch included
     axes: tuple[Tensor, ...]  # labels of the dimensions that the cost is proportional to
     images: int = 1  # that it ran on: frames and windows of one image count
     writes: Tensor | None = None  # labels of the channels that a weight writes
-    positions: int = 0  # output positions of one image
+    positions: int = 0  # output positions of one image; of a product, where a linear layer makes it
 
 
 @dataclass

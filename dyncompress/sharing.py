@@ -15,10 +15,12 @@ def share_of(op: Operation, method: Method) -> str:
 
     A block is a residual block of the network. A stage is all layers that read maps of about one size (to a factor of
     two in every dimension): a strided layer at the start of a stage of ResNet so belongs to the stage before, as in
-    KernelWarehouse (arXiv 2406.07879), whose width its input has. A layer that runs more than once is alone.
+    KernelWarehouse (arXiv 2406.07879), whose width its input has. Depthwise layers, whose kernels are one channel deep,
+    share with each other, and so do the linear layers of a transformer, which read one number of tokens. A layer that
+    runs more than once is alone.
 
     Args:
-        op: A convolution that a method can replace.
+        op: A layer that a method can replace.
         method: Its method.
     """
     if isinstance(method, Static) or method.sharing == "layer":
@@ -28,4 +30,5 @@ def share_of(op: Operation, method: Method) -> str:
     if op.spec is None or len(op.runs) > 1 or op.runs[0][1] > 1:
         return ""
     read = op.positions * math.prod(op.spec.stride)
-    return f"stage {2 ** round(math.log2(read) / op.spec.ndim)}, {op.spec.ndim}d"
+    kind = "depthwise" if op.spec.is_depthwise else "tokens" if op.kind == "linear" else f"{op.spec.ndim}d"
+    return f"stage {2 ** round(math.log2(read) / op.spec.ndim)}, {kind}"

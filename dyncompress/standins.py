@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dyncompress.graph import duplicate, undisturbed
-from dyncompress.layers import ConvSpec, DynamicConv
+from dyncompress.layers import ConvSpec, DynamicConv, TokenConv
 
 
 class StandIn(DynamicConv):
@@ -20,21 +21,26 @@ class StandIn(DynamicConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in, ...) -> (B, out, ...)."""
-        out: Tensor = self._conv[0](x)
+        inner = self._conv[0]
+        out: Tensor = inner(x.mT).mT if isinstance(inner, nn.Linear) else inner(x)
         return out
 
 
+def _stand_in(layer: nn.Module) -> nn.Module:
+    return TokenConv(StandIn(layer)) if isinstance(layer, nn.Linear) else StandIn(layer)
+
+
 def missed(net: nn.Module, convs: Sequence[str], args: Any, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Convolutions that the network's code needs as they are, found by halving the suspects.
+    """Layers that the network's code needs as they are, found by halving the suspects.
 
     Args:
         net: The network.
-        convs: Paths of the convolutions that would become dynamic.
+        convs: Paths of the convolutions and linear layers that would become dynamic.
         args: What its ``forward`` takes.
         kwargs: Likewise.
 
     Returns:
-        What the code said, by the path of the convolution.
+        What the code said, by the path of the layer.
     """
     found: dict[str, str] = {}
 
@@ -42,9 +48,10 @@ def missed(net: nn.Module, convs: Sequence[str], args: Any, kwargs: Mapping[str,
         trial = duplicate(net, share=True)
         for name in names:
             parent, _, child = name.rpartition(".")
-            setattr(trial.get_submodule(parent), child, StandIn(trial.get_submodule(name)))
+            setattr(trial.get_submodule(parent), child, _stand_in(trial.get_submodule(name)))
         try:
             with undisturbed():
+                torch.backends.mha.set_fastpath_enabled(True)  # reads weights that other paths leave to their layers
                 trial(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever the network's own code raises is the finding
             return f"{type(error).__name__}: {error}".splitlines()[0][:120]

@@ -94,6 +94,7 @@ class Tracer:
     Args:
         net: The network; left as it was.
         example: As for `trace`.
+        linear: Whether linear layers are among the operations that a method can replace.
 
     Raises:
         TraceError: As `trace`.
@@ -102,7 +103,7 @@ class Tracer:
         graph: The channel graph.
     """
 
-    def __init__(self, net: nn.Module, example: Any) -> None:
+    def __init__(self, net: nn.Module, example: Any, *, linear: bool = False) -> None:
         if not isinstance(net, nn.Module):
             raise TraceError(f"can't trace a {type(net).__name__}; pass a torch.nn.Module")
         net = bare(net)
@@ -110,7 +111,7 @@ class Tracer:
             raise TraceError(
                 f"can't trace a scripted {net.original_name}; pass the torch.nn.Module that it was made from"
             )
-        self.name = type(net).__name__
+        self.name, self.linear = type(net).__name__, linear
         self.args, self.kwargs = as_call(one_image(example))
         self.net = duplicate(net).eval()  # not shared: a forward may write into its weights
         self.decisions: dict[Line, int] = {}  # places where the first way failed
@@ -118,7 +119,8 @@ class Tracer:
         self.pins: list[tuple[Axis, np.ndarray, str]] = []  # positions of axes that proved uncuttable
         self.in_training: bool | None = None  # whether modules run in training only; unknown yet
         self._record()
-        self._missed = missed(_training(self.net, False), replaceable(self.net, self.recording), self.args, self.kwargs)
+        layers = replaceable(self.net, self.recording, linear)
+        self._missed = missed(_training(self.net, False), layers, self.args, self.kwargs)
         self._closed, self.graph = self._build()
         self._verify(lambda graph: [_sample(g.channels, i) for i, g in enumerate(graph.groups)])
 
@@ -248,7 +250,7 @@ class Tracer:
         closed = Closed(classes, pinned, members(recording, classes, pinned, [ids for _, ids in counts]))
         axes = {f"{name}:{dim}": closed.runs(ids) for (name, dim), ids in recording.axes.items()}
         axes = {key: r for key, r in axes.items() if any(group >= 0 for group, *_ in r)}
-        ops = operations(self.net, recording, closed, self._missed)
+        ops = operations(self.net, recording, closed, self._missed, self.linear)
         seams = {name: (closed.runs(s.entering), closed.runs(s.leaving)) for name, s in recording.seams.items()}
         graph = ConvGraph(
             ops,

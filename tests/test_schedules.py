@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from dyncompress.callback import DynCompress
 from dyncompress.errors import DynCompressError
-from dyncompress.layers.kernelwarehouse import WarehouseConv
+from dyncompress.layers.warehouse import WarehouseConv
 from dyncompress.schedules import anneal, progress
 from tests.classifiers import classifier, fit, loader, trainer
 

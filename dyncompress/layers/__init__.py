@@ -17,6 +17,7 @@ from dyncompress.layers.method import DynamicConv, Method, configured, get_metho
 from dyncompress.layers.odconv import ODConv
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 from dyncompress.layers.static import Static, load_static
+from dyncompress.layers.tokens import TokenConv
 
 __all__ = [
     "C2sp",
@@ -34,6 +35,7 @@ __all__ = [
     "Method",
     "ODConv",
     "Static",
+    "TokenConv",
     "configured",
     "get_method",
     "list_methods",

@@ -115,13 +115,15 @@ class ConvSpec:
             )
 
     @classmethod
-    def of(cls, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvSpec:
-        """The spec of a torch convolution.
+    def of(cls, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) -> ConvSpec:
+        """The spec of a torch convolution, or of a linear layer: that is a pointwise one over positions.
 
         Example:
             >>> str(ConvSpec.of(nn.Conv2d(8, 8, 3, padding=1, groups=8)))
             '8 -> 8, 3x3, padding 1, groups 8'
         """
+        if isinstance(conv, nn.Linear):
+            return cls(conv.in_features, conv.out_features, (1,), bias=conv.bias is not None)
         return cls(
             in_channels=conv.in_channels,
             out_channels=conv.out_channels,

@@ -13,7 +13,8 @@ from torch import nn
 
 from dyncompress.errors import DynCompressError
 from dyncompress.layers import ConvSite, ConvSpec, KernelWarehouse, Macs, Static
-from dyncompress.layers.kernelwarehouse import WarehouseConv
+from dyncompress.layers.partition import stored
+from dyncompress.layers.warehouse import WarehouseConv
 
 DATA = Path(__file__).parent / "data/kernelwarehouse.safetensors"
 SPECS = [
@@ -109,7 +110,7 @@ def test_resnet18_has_the_warehouses_of_the_authors(ratio: float, cell: float, c
     stages = resnet18()
     found = []
     for sites in stages:
-        store = method._store(sites)
+        store = stored(sites, ratio, (cell, cell))
         found.append(f"{store.cells}x{store.out}x{store.into}")
     assert found == cells
     kernels = sum(macs.kernels for sites in stages for macs in method.macs(sites))
