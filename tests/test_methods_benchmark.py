@@ -49,7 +49,8 @@ def test_forms_are_methods_with_their_options_and_folders_of_their_own() -> None
     assert {form.made().name for form in FORMS.values()} == set(list_methods()) - {"dyco3d"}  # it has no 3x3 form
     assert FORMS["odconv 4x"].made().kernels == 4  # type: ignore[attr-defined]
     assert len({form.folder for form in FORMS.values()}) == len(FORMS)
-    assert FORMS["kernelwarehouse 1/2"].folder == "kernelwarehouse-1of2"
+    assert FORMS["kernelwarehouse 1/2"].folder == "kernelwarehouse-1-2"
+    assert FORMS["odconv, no taps"].folder == "odconv-no-taps"
     assert next(iter(FORMS)) == "static"  # what times of layers are compared with
 
 

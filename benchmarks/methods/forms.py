@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ class Form:
     @property
     def folder(self) -> str:
         """Name of its run's folder."""
-        return self.title.replace(" ", "-").replace("/", "of")
+        return re.sub(r"[^a-z0-9=]+", "-", self.title)
 
     def made(self) -> Method:
         """The method."""
