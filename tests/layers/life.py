@@ -17,6 +17,7 @@ from dyncompress.formats import reopen
 from dyncompress.layers import DynamicConv
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
+from dyncompress.schedules import anneal
 
 
 def planned(net: nn.Module, x: Tensor, share: float, method: str, **options: Any) -> Plan:
@@ -40,6 +41,7 @@ def train(student: nn.Module, x: Tensor, steps: int = 2) -> None:
     """Steps after which kernels depend on the image: every parameter of a router has moved."""
     routers = {name: p.detach().clone() for name, p in student.named_parameters() if "router" in name}
     optimizer = torch.optim.SGD(student.train().parameters(), lr=0.1)
+    anneal(student, 1.0)  # as at the end of a schedule, during which some routers wait
     for _ in range(steps):
         optimizer.zero_grad()
         student(x).square().mean().backward()
