@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def test_a_head_of_two_layers_tells_an_instance_from_its_neighbours() -> None:
     sites = [ConvSite("conv", ConvSpec(2, 4, (1,)), 60), ConvSite("mask", ConvSpec(4, 1, (1,)), 60)]
     first, last = DyCo3d(placement="all").build(sites)
     assert loss_of(nn.Sequential(first, nn.ReLU(), last)) < 0.1
+
+
+def test_the_example_of_its_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs/methods/dyco3d.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["masks"].shape == (7, 1, 500)
 
 
 def test_a_warm_start_learns_all_of_it_within_two_steps() -> None:
