@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -58,12 +58,14 @@ class DyNet:
             layer would have more than 65,536 weights, 0 elsewhere.
         placement: ``"auto"``: leave layers static, or give them fewer kernels, where a bank costs more than
             it can give; ``"all"``: a bank of g everywhere.
+        group_width: Input channels that each kernel of a depthwise convolution reads: its own and, at 6 as in the
+            paper's Dy-mobile, 5 others; fewer where the channels are no multiple.
 
     Raises:
         DynCompressError: If an option has no such value.
 
     Source:
-        arXiv 2004.10694, section 3.2; the paper has g = 6, and reduction 4 in its ResNets.
+        arXiv 2004.10694, sections 3.2 and 3.3; the paper has g = 6, and reduction 4 in its ResNets.
     """
 
     name: ClassVar[str]
@@ -74,6 +76,7 @@ class DyNet:
     router: Literal["block", "layer"] = "block"
     reduction: int | None = None
     placement: Literal["auto", "all"] = "auto"
+    group_width: int = 1
 
     def __post_init__(self) -> None:
         if type(self.g) is not int or not 1 <= self.g <= _MOST_KERNELS:
@@ -88,6 +91,11 @@ class DyNet:
                 " layer, or None to leave it to the size of the router"
             )
         check_placement(self.placement)
+        if type(self.group_width) is not int or not 1 <= self.group_width <= _MOST_KERNELS:
+            raise DynCompressError(
+                f"group_width {shown(self.group_width)} is no number of channels: give 1, which leaves depthwise"
+                f" convolutions depthwise, to {_MOST_KERNELS}"
+            )
 
     @property
     def sharing(self) -> Literal["layer", "block"]:
@@ -105,19 +113,21 @@ class DyNet:
             >>> print(reason)
             g 4 -> 2: mixing 9.4 MB of kernels, from memory, takes 23 % of the conv (196 positions), above 20 %
         """
-        return placed(self, "g", site)
+        return placed(self, "g", self._widened(site))
 
     def macs(self, sites: Sequence[ConvSite]) -> list[Macs]:
         """Multiply-adds per image, with S output positions and P weights of one static kernel.
 
         conv = P * S, kernels = g * P, router = features * out * g. Features are the channels of the layer
-        that owns the router; with ``reduction`` its hidden units, and the owner pays channels * hidden too.
+        that owns the router; with ``reduction`` its hidden units, and the owner pays channels * hidden too. A
+        depthwise kernel has ``group_width`` times its weights.
 
         Example:
             >>> DyNet(g=4).macs([ConvSite("c", ConvSpec(16, 32, (3, 3)), positions=64)])
             [Macs(conv=294912, kernels=18432, router=2048)]
         """
         costs = []
+        sites = list(map(self._widened, sites))
         for site, (channels, hidden, owns) in zip(sites, self._routers(sites), strict=True):
             router = (hidden or channels) * site.spec.out_channels * self.g + channels * hidden * owns
             kernels = self.g * site.spec.kernel_params
@@ -127,6 +137,7 @@ class DyNet:
     def params(self, sites: Sequence[ConvSite]) -> list[int]:
         """Parameters: bank g * P, bias, router (features + 1) * out * g, hidden layer in the owner."""
         counts = []
+        sites = list(map(self._widened, sites))
         for site, (channels, hidden, owns) in zip(sites, self._routers(sites), strict=True):
             out = site.spec.out_channels
             router = ((hidden or channels) + 1) * out * self.g + (channels + 1) * hidden * owns
@@ -137,11 +148,20 @@ class DyNet:
         """One layer per site; with ``router="block"`` the first one squeezes the input for all."""
         handover = Handover(readers=len(sites) - 1) if self.router == "block" and len(sites) > 1 else None
         layers: list[nn.Module] = []
+        sites = list(map(self._widened, sites))
         for index, (site, (channels, hidden, owns)) in enumerate(zip(sites, self._routers(sites), strict=True)):
             squeeze = Squeeze(channels, hidden) if owns else None
             reader = None if owns else index - 1
             layers.append(DyNetConv(site.spec, self.g, hidden or channels, squeeze, handover, reader))
         return layers
+
+    def _widened(self, site: ConvSite) -> ConvSite:
+        """A depthwise convolution as one of groups of ``group_width`` channels, or of the next fewer that divide."""
+        spec = site.spec
+        if self.group_width == 1 or not spec.is_depthwise or spec.out_channels != spec.in_channels:
+            return site
+        width = max(w for w in range(1, self.group_width + 1) if spec.in_channels % w == 0)
+        return replace(site, spec=replace(spec, groups=spec.in_channels // width))
 
     def _routers(self, sites: Sequence[ConvSite]) -> list[tuple[int, int, bool]]:
         """Per site: channels that its router reads, its hidden units (0 for none), and whether the site owns it."""
@@ -237,8 +257,11 @@ class DyNetConv(DynamicConv):
         scaled to its norm, then the filter itself, each with a little noise. Kernel 0 is its anchor:
         (weight[t] - sum_{i >= 1} eta_i * bank[t, i]) / eta_0, where eta = sigmoid(+2), sigmoid(-2), ...
 
-        See :meth:`DynamicConv.load_static` for arguments and errors.
+        See :meth:`DynamicConv.load_static` for arguments and errors; a depthwise ``weight`` is taken by wider groups,
+        too, whose kernels start with zeros for all channels but one.
         """
+        if weight.shape[1:2] == (1,) and self.groups < self.in_channels == self.out_channels:
+            weight, spare = _spread(weight, self.in_channels // self.groups), None
         self.check_static(weight, bias, spare)
         self.router.weight.zero_()
         logits = torch.full((self.g,), _ATOM_LOGIT)
@@ -276,3 +299,11 @@ class DyNetConv(DynamicConv):
         """Method, shapes, g, and whose input the router reads."""
         source = "its own" if self.squeeze is not None else "its block's"
         return f"{super().extra_repr()}, g={self.g}, routed by {source} input"
+
+
+def _spread(weight: Tensor, width: int) -> Tensor:
+    """Depthwise kernels [out, 1, *kernel] as those of groups of so many channels: each reads its own, of all."""
+    wide = weight.new_zeros(weight.shape[0], width, *weight.shape[2:])
+    channel = torch.arange(weight.shape[0], device=weight.device)
+    wide[channel, channel % width] = weight[:, 0]
+    return wide
