@@ -16,7 +16,6 @@ else: in no state dict of the module, no optimizer, no DDP bucket.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -29,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from dyncompress.budget import Budget, Target, readable
-from dyncompress.checkpoint import load_weights, read_plan
+from dyncompress.checkpoint import read_plan
 from dyncompress.conversion import plan_of, recalibrate, resolve
 from dyncompress.distillation import DistillConfig, Teacher, fingerprint
 from dyncompress.errors import DistillationError, DynCompressError, PlanError, TraceError, shown
@@ -52,6 +51,7 @@ from dyncompress.planning import check_shares, make_plan
 from dyncompress.restoring import careful_loading, follow, plans_of
 from dyncompress.schedules import anneal, progress
 from dyncompress.student import Student
+from dyncompress.teachers import Given, known_teacher, listed, load_teacher
 from dyncompress.teaching import TaughtStep
 from dyncompress.tracking import log_plan, log_summary
 
@@ -71,8 +71,9 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         method: Registered name of the dynamic convolution, or ``"static"``: the control arm.
         options: The method's options.
         plan: Instead of a target: a plan, its JSON file, or a checkpoint that holds one.
-        teacher: Weights of the original network (``.ckpt``, ``.pt``, ``.safetensors``) or another network with the
-            same outputs. By default the network as it is when training starts.
+        teacher: Weights of the original network (``.ckpt``, ``.pt``, ``.safetensors``), another network with the
+            same outputs, or a list of these, whose softened answers are averaged. By default the network as it is when
+            training starts.
         distill: How the student learns; False for no teacher.
         module: Name of the network in the LightningModule, where there are several; ``""`` is the LightningModule.
         example: What the network's ``forward`` takes. By default it is seen in the first training batch.
@@ -102,7 +103,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         method: str = "dynet",
         options: dict[str, Any] | None = None,
         plan: str | Path | Plan | None = None,
-        teacher: str | Path | nn.Module | None = None,
+        teacher: Given = None,
         distill: bool | DistillConfig = True,
         module: str | None = None,
         example: Any = None,
@@ -132,6 +133,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             raise DistillationError(
                 f"distill {shown(distill)} does not say how; give True, False, or DistillConfig(temperature=4.0)"
             )
+        listed(teacher)
         self.target, self.method, self.options, self.plan = target, method, options, plan
         self.shape: dict[str, Any] = {
             "allocation": allocation, "importance": importance, "ignore": ignore, "static": static, "floors": floors
@@ -291,7 +293,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
                 refuse_copies(trainer, module, self)
             student = Student(path, network)
             plan = from_rank_zero(trainer, lambda: self._decide(trainer, module, network))
-            teacher = self._make_teacher(trainer, student)
+            teacher = load_teacher(self.teacher, student, trainer) if self.distill else None
             student.convert(plan, self.seed)
             self._student, self._teacher = student, teacher
         elif self._student is None or self._student.inner is not bare(network):
@@ -314,21 +316,6 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             plan = make_plan(inner, example, self.target, self.method, options=self.options, **self.shape)
         return resolve(inner, plan)
 
-    def _make_teacher(self, trainer: Any, student: Student) -> Teacher | None:
-        if self.distill is None:
-            return None
-        network = deepcopy(bare(self.teacher) if isinstance(self.teacher, nn.Module) else student.inner)
-
-        def original() -> dict[str, Any]:
-            if isinstance(self.teacher, (str, Path)):
-                load_weights(network, self.teacher, prefix=student.path and f"{student.path}.")
-            return network.state_dict()
-
-        weights = from_rank_zero(trainer, original)  # others may have built another network, or lack the file
-        if trainer is not None and not trainer.is_global_zero:
-            network.load_state_dict(weights)
-        return Teacher(network)
-
     def _take_over(self, student: Student) -> None:
         """Go on with a network that somebody else converted."""
         assert student.plan is not None
@@ -337,15 +324,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
                 f"the network is converted already, to {student.plan.target}, and the callback asks for {self.target};"
                 " build the original network anew, or ask for the same target"
             )
-        if self.distill is None:
-            self._teacher = None
-        elif isinstance(self.teacher, nn.Module):
-            self._teacher = Teacher(deepcopy(bare(self.teacher)))
-        else:
-            raise DistillationError(
-                "the network is converted already, so that its original can't teach it; pass the original as teacher=,"
-                " or distill=False"
-            )
+        self._teacher = known_teacher(self.teacher) if self.distill else None
         self._student = student
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------

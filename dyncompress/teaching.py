@@ -16,19 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dyncompress.distillation import (
-    DistillConfig,
-    Teacher,
-    answer_tensors,
-    check_features,
-    features_loss,
-    output_loss,
-    recorded,
-)
-from dyncompress.errors import DistillationError
+from dyncompress.answers import answer_tensors, check_features, recorded
+from dyncompress.conversion import plan_of
+from dyncompress.distillation import DistillConfig, Kept, Teacher, features_loss, output_loss
+from dyncompress.errors import DistillationError, shown
 from dyncompress.graph import bare
+from dyncompress.hints import kept_channels
 from dyncompress.host import CONVOLUTIONS, has_convolutions
 from dyncompress.patch import Patch
+from dyncompress.schedules import progress
 
 
 @dataclass(frozen=True)
@@ -112,15 +108,17 @@ class TaughtStep:
     """
 
     def __init__(self, module: Any, network: nn.Module, teacher: Teacher, config: DistillConfig) -> None:
-        check_features(bare(network), config.features)
-        check_features(teacher.network, config.features)
-        if config.features and (network is not bare(network) or vars(network).get("_compiled_call_impl")):
+        check_features(bare(network), config.modules)
+        check_features(teacher.first, config.modules)
+        if config.modules and (network is not bare(network) or vars(network).get("_compiled_call_impl")):
             raise DistillationError(
-                f"features {list(config.features)} can't be seen inside a compiled network; leave out torch.compile, or"
-                " distil the outputs only"
+                f"features of {list(config.modules)} can't be seen inside a compiled network; leave out torch.compile,"
+                " or distil the outputs only"
             )
         self._module, self._network, self._teacher, self._config = module, network, teacher, config
-        self._watch = Watch(network, config.features)
+        self._watch = Watch(network, config.modules)
+        self._kept: Kept | None = None
+        self._labels: Tensor | None = None
         self._terms: list[Tensor] = []
         self._size = 0
         self._patch = Patch(module, "training_step", self._step)
@@ -134,6 +132,8 @@ class TaughtStep:
             with self._patch.lifted() as step:
                 return step(*args, **kwargs)
         automatic = self._module.automatic_optimization
+        if self._config.labels is not None:
+            self._labels = labels_of((*args, *kwargs.values())[0], self._config.labels)
         try:
             with ExitStack() as stack:
                 step = stack.enter_context(self._patch.lifted())
@@ -150,6 +150,7 @@ class TaughtStep:
         finally:
             self._watch.forwards.clear()  # no graph outlives its step
             self._terms.clear()
+            self._labels = None
 
     def _taught_result(self, result: Any) -> Any:
         """The step's result with the term in its loss. Without a loss, Lightning skips the step, and so do we."""
@@ -189,12 +190,18 @@ class TaughtStep:
         return loss + term
 
     def _term(self, forward: Forward) -> Tensor:
+        config = self._config
         parameter = next(self._network.parameters())
         self._teacher.follow(parameter.device, parameter.dtype)
-        answer, features = self._teacher.answer(forward.args, forward.kwargs, self._config.features)
-        term = self._config.alpha * output_loss(forward.answer, answer, self._config)
-        if self._config.features:
-            term = term + features_loss(forward.features, features, self._config.features)
+        if config.hints and self._kept is None:  # only now is it sure by which plan the network was converted
+            plan = plan_of(bare(self._network))
+            first, (args, kwargs) = self._teacher.first, (forward.args, forward.kwargs)
+            self._kept = {} if plan is None else kept_channels(first, args, kwargs, plan, config.hints)
+        answer, features = self._teacher.answer(forward.args, forward.kwargs, config.modules)
+        alpha, temperature = config.at(progress(self._module.trainer) if config.changes else 0.0)
+        term = alpha * output_loss(forward.answer, answer, config, temperature, self._labels)
+        if config.modules:
+            term = term + features_loss(forward.features, features, config, self._kept)
         return term
 
     def _complain(self, remedy: str) -> None:
@@ -223,3 +230,31 @@ class TaughtStep:
                     f"{name} is {value.item()} in epoch {trainer.current_epoch}, step {trainer.global_step}; lower the"
                     " learning rate, clip gradients (gradient_clip_val), or look for the value in the batch"
                 )
+
+
+def labels_of(batch: Any, where: int | str) -> Tensor:
+    """The classes in a training batch.
+
+    Args:
+        batch: What ``training_step`` is called with.
+        where: Their index in a sequence, or key in a mapping.
+
+    Raises:
+        DistillationError: If there is no tensor; says what the batch is.
+
+    Example:
+        >>> labels_of([torch.zeros(2, 3, 8, 8), torch.tensor([4, 1])], 1)
+        tensor([4, 1])
+    """
+    try:
+        labels = batch[where]
+    except (LookupError, TypeError):
+        labels = None
+    if isinstance(labels, Tensor):
+        return labels
+    entries = batch if isinstance(batch, (Mapping, tuple, list)) else ()
+    inside = list(entries) if isinstance(entries, Mapping) else [type(entry).__name__ for entry in entries]
+    raise DistillationError(
+        f"labels={shown(where)} finds no tensor in the training batch, a {type(batch).__name__} of {inside}; give the"
+        " index or the key of the classes, or leave labels out: the teacher's first choice is the target then"
+    )

@@ -1,85 +1,43 @@
-"""Losses against values made by hand or by an independent formula, and every refusal."""
+"""The settings of a distillation, what they add up to, and who teaches."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dyncompress.distillation import (
+    KINDS,
     DistillConfig,
+    Ensemble,
     Teacher,
-    attention_loss,
-    check_features,
+    Votes,
     features_loss,
     fingerprint,
-    logit_loss,
     output_loss,
-    paired_outputs,
-    recorded,
 )
 from dyncompress.errors import DistillationError
+from dyncompress.losses import (
+    attention_loss,
+    channel_loss,
+    decoupled_loss,
+    hint_loss,
+    logit_loss,
+    relation_loss,
+    squared_loss,
+)
+
+A = torch.zeros(2, 3)
+
+# ---- the output term ---------------------------------------------------------------------------------------------
 
 
-def kl_by_hand(student: Tensor, teacher: Tensor, temperature: float) -> float:
-    """T^2 sum p (log p - log q), averaged over rows of classes, in numpy and float64."""
-    s, t = (
-        np.moveaxis(x.numpy().astype(np.float64), 1, -1).reshape(-1, x.shape[1]) / temperature
-        for x in (student, teacher)
-    )
-    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (t, s))
-    return float((p * (np.log(p) - np.log(q))).sum(axis=1).mean() * temperature**2)
-
-
-@pytest.mark.parametrize("shape", [(5, 7), (2, 4, 3, 6), (2, 4, 9)])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_logit_loss_is_the_divergence_per_position(shape: tuple[int, ...], temperature: float) -> None:
-    student, teacher = torch.randn(2, *shape, dtype=torch.float64).unbind(0)
-    loss = logit_loss(student, teacher, temperature)
-    assert loss.dtype == torch.float64
-    assert loss.item() == pytest.approx(kl_by_hand(student, teacher, temperature), rel=1e-12)
-
-
-def test_logit_loss_of_two_classes_by_hand() -> None:
-    # Teacher 1/4, 3/4; student 1/2, 1/2: 1/4 log 1/2 + 3/4 log 3/2.
-    student, teacher = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)
-    assert logit_loss(student, teacher, 1.0).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
-
-
-def test_temperature_keeps_the_gradient_finite_in_size() -> None:
-    """For large T the gradient tends to (student - teacher) / (C * rows), whatever T is: the reason for T^2."""
-    student = torch.randn(1, 10, dtype=torch.float64)
-    teacher = torch.randn(1, 10, dtype=torch.float64)
-    student, teacher = student - student.mean(), teacher - teacher.mean()
-    student.requires_grad_()
-    (gradient,) = torch.autograd.grad(logit_loss(student, teacher, 1000.0), student)
-    assert torch.allclose(gradient, (student - teacher) / 10, atol=1e-3)
-
-
-def test_half_precision_outputs_are_compared_in_single() -> None:
-    student, teacher = torch.randn(2, 4, 8).bfloat16().unbind(0)
-    loss = logit_loss(student, teacher, 4.0)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(kl_by_hand(student.float(), teacher.float(), 4.0), rel=1e-5)
-
-
-def test_attention_loss_is_the_squared_distance_of_unit_maps() -> None:
-    student = torch.randn(3, 4, 5, 6, dtype=torch.float64)
-    teacher = torch.randn(3, 8, 5, 6, dtype=torch.float64)  # wider: channels need not agree
-    maps = [(f.numpy() ** 2).sum(axis=1).reshape(3, -1) for f in (student, teacher)]  # a sum: the mean's factor cancels
-    a, b = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in maps)
-    assert attention_loss(student, teacher).item() == pytest.approx(((a - b) ** 2).sum(axis=1).mean(), rel=1e-12)
-
-
-def test_attention_on_different_pixels_is_two() -> None:
-    # Unit maps (1, 0) and (0, 1): squared distance 2. Equal maps of any size: 0.
-    left, right = torch.tensor([[[3.0, 0.0]]]), torch.tensor([[[0.0, -5.0]]])
-    assert attention_loss(left, right).item() == pytest.approx(2)
-    assert attention_loss(left, 7 * left).item() == pytest.approx(0)
+def drawn(*shape: int) -> Any:
+    return torch.randn(2, *shape, dtype=torch.float64).unbind(0)
 
 
 def test_kinds_and_pairs_are_averaged() -> None:
@@ -88,73 +46,65 @@ def test_kinds_and_pairs_are_averaged() -> None:
     assert output_loss([s, s], [t, s], DistillConfig(kind="mse")).item() == pytest.approx(2.5)
 
 
-# ---- what a network answers --------------------------------------------------------------------------------------
-
-A, B = torch.zeros(2, 3), torch.ones(2, 3)
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "pairs"),
-    [
-        (A, B, 1),
-        ({"logits": A, "hidden": torch.zeros(2, 9)}, {"logits": B, "hidden": torch.zeros(2, 5)}, 1),
-        ({"out": A, "aux": A}, {"out": B}, 1),
-        ({"a": A, "b": A}, {"a": B, "b": B}, 2),
-        ((A, A), [B, B], 2),
-        ((A, A), B, 1),  # auxiliary heads while training
-        (A, (B,), 1),
-        ((A, None, torch.ones(3, dtype=torch.long)), (B, None, torch.ones(4, dtype=torch.long)), 1),
-        ({"heads": [A, A]}, {"heads": [B, B]}, 2),
-    ],
-)
-def test_tensors_that_belong_together_are_found(student: Any, teacher: Any, pairs: int) -> None:
-    found = paired_outputs(student, teacher)
-    assert len(found) == pairs
-    assert all(s is A and t is B for s, t in found)
+def test_every_kind_is_its_own_loss_with_its_own_weights() -> None:
+    s, t = drawn(2, 4, 5)
+    labels = torch.tensor([[0, 1, 2, 3, 0], [1, 1, 2, 2, 3]])
+    expected = {
+        "logits": logit_loss(s, t, 2.0),
+        "dist": relation_loss(s, t, 2.0, 1.0),
+        "dkd": decoupled_loss(s, t, 2.0, 8.0, labels),
+        "channels": channel_loss(s, t, 2.0),
+        "mse": squared_loss(s, t),
+    }
+    assert set(expected) == set(KINDS)
+    for kind, value in expected.items():
+        config = DistillConfig(temperature=2.0, kind=kind)  # type: ignore[arg-type]
+        assert output_loss(s, t, config, labels=labels).item() == value.item()
+        assert output_loss(s, t, replace(config, temperature=9.0), 2.0, labels).item() == value.item()
+    for kind, loss in (("dist", relation_loss), ("dkd", decoupled_loss)):
+        config = DistillConfig(temperature=2.0, kind=kind, beta=0.25)  # type: ignore[arg-type]
+        assert output_loss(s, t, config).item() == loss(s, t, 2.0, 0.25).item()
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "message"),
-    [
-        (A, torch.zeros(2, 5), r"output \(2, 5\), the student output \(2, 3\)"),
-        ((A, A), (B, B, B), r"output\[2\] \(2, 3\), the student output\[0\]"),
-        ({"a": A, "b": A}, {"a": B, "c": B}, r"output\['c'\]"),
-        ("text", A, "the student answers with a str"),
-        (A, torch.zeros(2, dtype=torch.long), "the teacher answers with a Tensor"),
-        (torch.zeros(()), torch.zeros(()), "the student answers with a Tensor"),
-    ],
-)
-def test_other_outputs_are_refused_by_name_and_shape(student: Any, teacher: Any, message: str) -> None:
-    with pytest.raises(DistillationError, match=message):
-        paired_outputs(student, teacher)
+def test_named_outputs_add_up_by_weight() -> None:
+    s, t = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [0.0]])  # 5, and twice as far 20
+    config = DistillConfig(kind="mse", outputs={"output['out']": 1.0, "output['aux']": 0.5})
+    assert output_loss({"out": s, "aux": 2 * s, "z": s}, {"out": t, "aux": t}, config).item() == pytest.approx(15)
+    with pytest.raises(DistillationError, match=r"the student has no output output\['aux'\]"):
+        output_loss({"out": s}, {"out": t}, config)
 
 
-@pytest.mark.parametrize("output", [torch.zeros(4, 1), torch.zeros(4), torch.zeros(4, 1, 2, 2)])
-def test_a_softmax_over_one_class_is_refused(output: Tensor) -> None:
-    with pytest.raises(DistillationError, match="kind='mse'"):
-        logit_loss(output, output, 4.0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_teachers_are_averaged_after_the_softmax(kind: Any) -> None:
+    s, t = drawn(2, 4, 5)
+    other = torch.randn(2, 4, 5, dtype=torch.float64)
+    config = DistillConfig(kind=kind, temperature=2.0)
+    both = output_loss(s, Votes([t, other]), config).item()
+    dim, shape = (2, s.shape) if kind == "channels" else (1, s.shape)
+    mean = torch.stack([(x / 2).softmax(dim=dim) for x in (t, other)]).mean(dim=0).log() * 2
+    if kind == "mse":
+        mean = (t + other) / 2
+    assert both == pytest.approx(output_loss(s, mean.view(shape), config).item())
+    assert output_loss(s, Votes([t, t]), config).item() == pytest.approx(output_loss(s, t, config).item())
+    # Teachers may answer in different containers.
+    assert output_loss({"out": s}, Votes([t, {"out": other}]), config).item() == pytest.approx(both)
 
 
 # ---- features ----------------------------------------------------------------------------------------------------
 
 
-def stack() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 1)))
-
-
-def test_features_are_recorded_for_a_while() -> None:
-    net, x = stack(), torch.randn(1, 3, 5, 5)
-    with recorded(net, ["0", "1.0"]) as seen:
-        net(x)
-    assert torch.equal(seen["0"], net[0](x))
-    assert seen["1.0"].shape == (1, 4, 3, 3)
-    assert not any(m._forward_hooks for m in net.modules())
-
-
 def test_features_add_up_by_weight() -> None:
-    s, t = torch.randn(2, 2, 4, 3, 3, dtype=torch.float64).unbind(0)
-    loss = features_loss({"a": s, "b": t}, {"a": t, "b": t}, {"a": 3.0, "b": 5.0})
-    assert loss.item() == pytest.approx(3 * attention_loss(s, t).item())  # b is equal in both
+    s, t = drawn(2, 4, 3, 3)
+    config = DistillConfig(features={"a": 3.0, "b": 5.0}, hints={"c": 7.0, "b": 2.0})
+    loss = features_loss({"a": s, "b": t, "c": s}, {"a": t, "b": t, "c": t}, config)  # b is equal in both
+    assert loss.item() == pytest.approx(3 * attention_loss(s, t).item() + 7 * hint_loss(s, t).item())
+
+
+def test_a_hint_sees_the_channels_that_are_kept() -> None:
+    s, t = torch.randn(2, 2, 3), torch.randn(2, 4, 3)
+    kept = {"a": [(1, torch.tensor([1, 3]))]}
+    loss = features_loss({"a": s}, {"a": t}, DistillConfig(hints={"a": 2.0}), kept)
+    assert loss.item() == pytest.approx(2 * hint_loss(s, t[:, [1, 3]]).item())
 
 
 @pytest.mark.parametrize(
@@ -168,16 +118,14 @@ def test_features_add_up_by_weight() -> None:
 )
 def test_features_that_cannot_be_compared_are_refused(student: Any, teacher: Any, message: str) -> None:
     with pytest.raises(DistillationError, match=message):
-        features_loss(student, teacher, {"a": 1.0})
-
-
-def test_a_feature_that_does_not_exist_is_answered_with_the_nearest() -> None:
-    check_features(stack(), ["1.0"])
-    with pytest.raises(DistillationError, match=r"'1\.00', which Sequential does not have; near: 1\.0"):
-        check_features(stack(), ["1.00"])
+        features_loss(student, teacher, DistillConfig(features={"a": 1.0}))
 
 
 # ---- the teacher -------------------------------------------------------------------------------------------------
+
+
+def stack() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 1)))
 
 
 def test_the_teacher_is_frozen_and_answers_without_a_graph() -> None:
@@ -191,6 +139,25 @@ def test_the_teacher_is_frozen_and_answers_without_a_graph() -> None:
     assert net[1].num_batches_tracked == 0
     teacher.follow(torch.device("cpu"), torch.float64)
     assert teacher.answer((x.double(),), {})[0].dtype == torch.float64
+
+
+def test_several_teachers_are_one_network_in_all_but_their_answers() -> None:
+    first, second = stack(), stack()
+    teacher = Teacher(Ensemble([first, second]))
+    x = torch.randn(1, 3, 5, 5)
+    answer, features = teacher.answer((x,), {}, ["0"])
+    assert isinstance(answer, Votes)
+    assert torch.equal(answer[0], first(x)) and torch.equal(answer[1], second(x))
+    assert torch.equal(features["0"], first[0](x))
+    assert teacher.fingerprint not in (Teacher(first).fingerprint, Teacher(Ensemble([second, first])).fingerprint)
+    teacher.follow(torch.device("cpu"), torch.float64)
+    assert all(p.dtype == torch.float64 and not p.requires_grad for n in (first, second) for p in n.parameters())
+
+
+def test_weights_of_another_teacher_are_refused() -> None:
+    teacher = Teacher(stack())
+    with pytest.raises(DistillationError, match="the weights are of another teacher than Sequential, or of several"):
+        teacher.load(Ensemble([stack(), stack()]).state_dict(), "0")
 
 
 def test_a_fingerprint_tells_weights_apart_and_nothing_else() -> None:
@@ -216,7 +183,17 @@ def test_a_fingerprint_tells_weights_apart_and_nothing_else() -> None:
         ({"alpha": True}, "alpha True"),
         ({"temperature": 0}, "temperature 0 is not a positive number"),
         ({"temperature": math.inf}, "temperature inf"),
-        ({"kind": "logit"}, "kind 'logit' is unknown; choose one of logits, mse"),
+        ({"kind": "logit"}, "kind 'logit' is unknown; choose one of logits, dist, dkd, channels, mse"),
+        ({"ramp": "step"}, "ramp 'step' is unknown; choose one of linear, cosine"),
+        ({"alpha_end": -1}, "alpha_end -1 is not a number from 0 on"),
+        ({"temperature_end": 0}, "temperature_end 0 is not a positive number"),
+        ({"beta": math.inf, "kind": "dkd"}, "beta inf is not a number from 0 on"),
+        ({"beta": 1.0}, "beta is for the kinds dist and dkd; leave it out with 'logits'"),
+        ({"labels": 1}, "labels are for kind 'dkd'; leave them out with 'logits'"),
+        ({"labels": 1.0, "kind": "dkd"}, "labels 1.0 is no place in a batch; give an index, such as 1"),
+        ({"labels": True, "kind": "dkd"}, "labels True is no place in a batch"),
+        ({"hints": {1: 1.0}}, "hints names 1; the names of modules are text, such as 'layer3'"),
+        ({"outputs": ["out"]}, r"outputs .'out'. is no mapping; give names of outputs .* {'output\[0\]': 10.0}"),
         ({"features": ["layer1"]}, "features .'layer1'. is no mapping"),
         ({"features": {"layer1": 0}}, r"features\['layer1'\] is 0"),
     ],
@@ -228,3 +205,16 @@ def test_config_refuses_by_name_and_value(values: dict[str, Any], message: str) 
 
 def test_alpha_zero_is_a_control_and_allowed() -> None:
     assert DistillConfig(alpha=0).alpha == 0
+
+
+def test_schedules_are_functions_of_progress_alone() -> None:
+    assert DistillConfig().at(0.7) == (1.0, 4.0)
+    assert not DistillConfig().changes
+    linear = DistillConfig(alpha=2.0, alpha_end=0.0, temperature=1.0, temperature_end=5.0)
+    assert linear.changes
+    assert [linear.at(p) for p in (0.0, 0.25, 1.0)] == [(2.0, 1.0), (1.5, 2.0), (0.0, 5.0)]
+    cosine = replace(linear, temperature_end=None, ramp="cosine")
+    # (1 - cos(60 degrees)) / 2 = 1/4 of the way after a third of the time.
+    assert cosine.at(1 / 3) == pytest.approx((1.5, 1.0))
+    assert cosine.at(0.5) == pytest.approx((1.0, 1.0))
+    assert cosine.at(1.0) == pytest.approx((0.0, 1.0))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dyncompress.distillation import DistillConfig, attention_loss, logit_loss
+from dyncompress.distillation import DistillConfig
 from dyncompress.errors import DistillationError
+from dyncompress.losses import attention_loss, logit_loss
 from tests.classifiers import CLASSES, Net, loader
 from tests.taught import IMAGES, Lit, difference, make_teacher, manual, plain, run
 
