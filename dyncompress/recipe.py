@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from dyncompress.budget import Budget
 from dyncompress.distillation import DistillConfig
 from dyncompress.errors import RecipeError, shown
-from dyncompress.layers import configured
+from dyncompress.layers import configured, list_methods
 from dyncompress.planning import check_shares
 
 
@@ -283,4 +283,8 @@ def _from_namespace(parsed: Namespace, path: Path) -> Recipe:
         cls, given, short = values[key].pop("class_path", None), values[key].pop("init_args", {}), values[key]
         values[key] = {"class_path": cls, "init_args": {**given, **short}}
     named = {"name": values["name"] or path.stem, "folder": values["folder"] or str(path.parent)}
+    network = values["model"]["class_path"]
+    if values["method"] not in list_methods() and isinstance(network, str):
+        with importable(named["folder"]):  # a method of the user's own, which the network's module may register
+            _import_class(network, "model")
     return Recipe(**{**values, **named})

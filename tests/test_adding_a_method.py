@@ -17,6 +17,7 @@ import dyncompress as dc
 from dyncompress.cli import main
 from dyncompress.errors import CheckpointError, DynCompressError, PlanError, UnknownMethodError
 from dyncompress.layers import ConvSite, ConvSpec, Macs, Static, list_methods, method
+from dyncompress.recipe import read_recipe
 from tests.layers.contract import BLOCKS, CLAUSES, keeps
 
 PAGE = Path(__file__).parents[1] / "docs/adding_a_method.md"
@@ -108,6 +109,19 @@ def test_it_is_listed(gated: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     # 64 * 64 products of the router beside 36,864 weights at 784 positions
     assert re.search(r"gated +a scale per channel +layer +1\.000 +- +0\.0001 +1\.000 +1\.11", out)
+
+
+def test_a_recipe_knows_what_its_network_s_module_registers(
+    gated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(method._METHODS, "gated")
+    monkeypatch.delitem(sys.modules, MODULE)
+    (tmp_path / "net_of_mine.py").write_text(f"from {MODULE} import Gated\n\nclass Net: ...\n", "utf-8")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: {class_path: net_of_mine.Net}\ndata: {class_path: x.Y}\ntarget: 50%\n", "utf-8")
+    words = [str(recipe), "--method", "gated", "--options", '{"hidden": 4}']
+    assert read_recipe(words).options == {"hidden": 4}
+    sys.modules.pop("net_of_mine")
 
 
 def test_files_of_a_method_that_is_not_imported_say_so(gated: Any, tmp_path: Path, monkeypatch: Any) -> None:
