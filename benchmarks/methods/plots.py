@@ -70,8 +70,10 @@ def _panel(axes: Axes, scores: dict[str, list[float]], costs: dict[str, float]) 
             va="center",
             fontsize=9,
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.55, "shrinkB": 5},
-        )
+            arrowprops={
+                "arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.55, "shrinkB": 5, "relpos": (0, 0.5),
+            },
+        )  # fmt: skip
 
 
 def apart(places: dict[str, float], gap: float) -> dict[str, float]:
