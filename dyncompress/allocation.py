@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dyncompress.graph import ConvGraph, extent
 from dyncompress.marginal import Cost
 
 Array = np.ndarray
@@ -79,3 +80,13 @@ def near(ideal: Sequence[int], channels: Sequence[int], each: Sequence[int]) -> 
         loss[aligned(c, 0, per)] -= _UNALIGNED**2
         losses.append(loss)
     return losses
+
+
+def multiples(graph: ConvGraph) -> list[int]:
+    """Per group, channels of a layer's output per channel of the group."""
+    found = [1] * len(graph.groups)
+    for op in graph.convs:
+        runs = graph.axes.get(f"{op.weight}:0", ())
+        for group, each in extent(runs)[1]:
+            found[group] = max(found[group], each)
+    return found

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from dyncompress.budget import Budget, Limit
-from dyncompress.errors import BudgetError
-from dyncompress.latency import measure_latency
+from dyncompress.errors import BudgetError, PlanError, shown
+from dyncompress.latency import device_of, measure_latency
+from dyncompress.latencytable import Device, LatencyTable
 from dyncompress.plan import Plan
 from dyncompress.planfile import Pace
 from dyncompress.prediction import Prediction, shipped, unchanged
@@ -196,3 +198,20 @@ def _aim(wanted: float, history: Sequence[tuple[float, float]]) -> float:
         if 1 / _STEEPEST < slope < _STEEPEST:  # else it is noise
             return predicted + (wanted - measured) / slope
     return predicted * wanted / measured
+
+
+def table_for(net: nn.Module, table: LatencyTable | None, timed: bool) -> LatencyTable | None:
+    """The table to plan with; the user's where none is given and the target is a time."""
+    if table is None:
+        dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+        return LatencyTable(Device.here(device_of(net), dtype)) if timed else None
+    if not isinstance(table, LatencyTable):
+        raise PlanError(
+            f"table {shown(table)} is no latency table; give a dyncompress.latencytable.LatencyTable, or none"
+        )
+    if timed and table.device.batch != 1:
+        raise PlanError(
+            f"the latency table is of batch {table.device.batch}, and a target in latency is for batch 1; give a table"
+            " of that, or none"
+        )
+    return table

@@ -6,23 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from dyncompress.allocation import Widths, affordable, by_importance, near, uniform
+from dyncompress.allocation import Widths, affordable, by_importance, multiples, near, uniform
 from dyncompress.budget import UNITS, Budget, Limit, Target, readable
 from dyncompress.cost import Choice, CostModel, static_choices, widths
 from dyncompress.errors import BudgetError, PlanError, shown
-from dyncompress.graph import ConvGraph, Operation, extent
+from dyncompress.graph import ConvGraph, Operation
 from dyncompress.importance import IMPORTANCES, best, importance
 from dyncompress.knapsack import allocate
-from dyncompress.latency import device_of
-from dyncompress.latencytable import Device, LatencyTable
+from dyncompress.latencytable import LatencyTable
 from dyncompress.layers import ConvSite, Method, Static, configured
 from dyncompress.marginal import Terms
-from dyncompress.pacing import Pacer
+from dyncompress.pacing import Pacer, table_for
 from dyncompress.plan import Plan
 from dyncompress.prediction import Prediction
+from dyncompress.presets import Preset, find_preset
 from dyncompress.ranking import Ranking, check, rank
 from dyncompress.selection import Floors, Patterns, held, named, smallest
 from dyncompress.sensitivity import Sensitivity
@@ -64,6 +63,7 @@ class Problem:
         static: Layers to narrow and leave static.
         ranking: Which channels go first; by magnitude where none is given.
         sensitivity: What the score loses by each group's width, for the allocation of that name.
+        preset: The paper's network whose placement is to be had, with options that go before its own.
     """
 
     def __init__(
@@ -78,14 +78,19 @@ class Problem:
         static: Patterns = (),
         ranking: Ranking | None = None,
         sensitivity: Sensitivity | None = None,
+        preset: tuple[Preset, Mapping[str, Any]] | None = None,
     ) -> None:
         self.net, self.graph, self.method = net, graph, method
-        self.ranking, self.sensitivity = ranking, sensitivity
+        self.ranking, self.sensitivity, self.settled = ranking, sensitivity, preset is not None
         reasons = {
             name: f"static: asked by {pattern!r}" for name, pattern in named(net, graph, static, "static").items()
         }
         ignored = {name: f"ignored by {pattern!r}" for name, pattern in named(net, graph, ignore, "ignore").items()}
-        self.place([_choice(op, method, {**reasons, **ignored}, graph.anchor) for op in graph.convs])
+        fixed = {**reasons, **ignored}
+        if preset is not None:
+            self.place(preset[0].choices(graph, method, fixed, preset[1]))
+        else:
+            self.place([_choice(op, method, fixed, graph.anchor) for op in graph.convs])
         self.full = widths(graph)
         kept = held(graph, ignored)
         least = smallest(net, graph, floors or {}, min_width)
@@ -102,6 +107,11 @@ class Problem:
         before, after = getattr(self.before, quantity), getattr(self.model, quantity)
         return Reach(quantity, before(self.full), after(self.floors), after(self.full))
 
+    def as_published(self, preset: Preset) -> Plan:
+        """The plan of the preset's widths, which costs what it costs."""
+        keep = preset.widths(self.graph, self.floors)
+        return self.plan(keep, str(self.model.macs(keep)), preset.name)
+
     def solve(self, budget: Budget, allocation: str, tolerance: float) -> Plan:
         """The plan that lands on a budget of MACs, parameters or both.
 
@@ -112,7 +122,7 @@ class Problem:
         targets = [limit.absolute(reaches[limit.quantity].original) for limit in budget.limits]
         self._check(budget.limits, targets, list(reaches.values()), tolerance)
         costs = [Terms(self.model, limit.quantity) for limit in budget.limits]
-        each = _multiples(self.graph)
+        each = multiples(self.graph)
         if allocation == "sensitivity":
             assert self.sensitivity is not None
             losses = self.sensitivity.losses(self.graph, each)
@@ -160,9 +170,10 @@ class Problem:
 def make_plan(
     net: nn.Module,
     example: Any,
-    target: Target = "33%",
-    method: str | Method = "dynet",
+    target: Target | None = None,
+    method: str | Method | None = None,
     *,
+    preset: str | None = None,
     options: Mapping[str, Any] | None = None,
     allocation: str = "uniform",
     importance: str = "magnitude",
@@ -183,10 +194,13 @@ def make_plan(
         example: What its ``forward`` takes: a tensor, a tuple of arguments, or a dict of keyword arguments.
         target: Fraction of the original (``0.33``, ``"33%"``) or absolute cost (``"1.2G"``), of MACs by default, of
             parameters (``"40% params"``) or of measured batch-1 latency (``"60% latency"``). Several hold at once:
-            ``"33%, 50% params"``; none is exceeded, and the one that binds is landed on.
-        method: Registered name (see ``dyncompress methods``), or a method with its options. ``"static"`` narrows
-            only: the control arm.
-        options: Options of a method given by name.
+            ``"33%, 50% params"``; none is exceeded, and the one that binds is landed on. By default ``"33%"``, or the
+            widths of the preset.
+        method: Registered name (see ``dyncompress methods``), or a method with its options; ``"dynet"`` by default.
+            ``"static"`` narrows only: the control arm.
+        preset: Name of a paper's network, such as ``"dy-resnet18"`` (see docs/presets.md), whose method, options,
+            placement and, without a target, widths are applied to this one.
+        options: Options of a method given by name, or those in which it shall differ from the preset.
         allocation: How many channels each group keeps. ``"uniform"``: the same ratio everywhere; ``"importance"``:
             one threshold on the channels' importance; ``"sensitivity"``: the least sum of measured score drops.
         importance: Which channels stay: ``"magnitude"`` of the weights, ``"bn"``: scales of the BatchNorms,
@@ -211,7 +225,8 @@ def make_plan(
         TraceError: If the network fails on the example or has no convolution.
         BudgetError: If the target is ill-formed or out of reach; gives the reachable range.
         UnknownMethodError: If there is no such method.
-        PlanError: If another argument names what doesn't exist, or lacks what it needs.
+        PlanError: If another argument names what doesn't exist, or lacks what it needs; or if the network has not the
+            form that the preset is for.
 
     Example:
         >>> import torch
@@ -220,8 +235,14 @@ def make_plan(
         >>> plan.widths, round(plan.ratio, 3)
         ([48, 41], 0.499)
     """
-    budget = Budget.parse(target)
+    paper = find_preset(preset) if preset is not None else None
+    budget = None if paper and target is None else Budget.parse("33%" if target is None else target)
     check_shares(allocation, importance)
+    if budget is None and allocation != "uniform":
+        raise PlanError(
+            f"allocation {allocation!r} is given with preset {preset!r} and no target; the widths are the paper's then:"
+            " give a target, or leave allocation out"
+        )
     if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
         raise PlanError(
             f"sensitivity {shown(sensitivity)} is no map of score drops; give what dyncompress.sensitivity.measure"
@@ -236,9 +257,9 @@ def make_plan(
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
         raise BudgetError(f"tolerance {shown(tolerance)} is not between 0 and 1; 0.01 lands within 1% of the target")
     check(importance, batches, loss)
-    method = _method(method, options)
+    method = paper.configured(method, options) if paper else _method(method, options)
     tracer = Tracer(net, example, linear=getattr(method, "linear", False))
-    table = _table(net, table, timed=budget.limit("latency") is not None)
+    table = table_for(net, table, timed=budget is not None and budget.limit("latency") is not None)
     scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
     while True:
         graph = tracer.graph
@@ -253,30 +274,17 @@ def make_plan(
             static=static,
             ranking=ranking,
             sensitivity=sensitivity,
+            preset=(paper, options or {}) if paper else None,
         )
-        if table is None:
+        if budget is None:
+            assert paper is not None
+            plan = problem.as_published(paper)
+        elif table is None:
             plan = problem.solve(budget, allocation, tolerance)
         else:
             plan = _paced(net, example, problem, budget, (allocation, tolerance), table, tracer)
         if tracer.graph == graph and tracer.follows(plan.keep):  # if not, channels were pinned: fewer groups each turn
             return plan
-
-
-def _table(net: nn.Module, table: LatencyTable | None, timed: bool) -> LatencyTable | None:
-    """The table to plan with; the user's where none is given and the target is a time."""
-    if table is None:
-        dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
-        return LatencyTable(Device.here(device_of(net), dtype)) if timed else None
-    if not isinstance(table, LatencyTable):
-        raise PlanError(
-            f"table {shown(table)} is no latency table; give a dyncompress.latencytable.LatencyTable, or none"
-        )
-    if timed and table.device.batch != 1:
-        raise PlanError(
-            f"the latency table is of batch {table.device.batch}, and a target in latency is for batch 1; give a table"
-            " of that, or none"
-        )
-    return table
 
 
 def _check_width(min_width: object) -> None:
@@ -313,7 +321,7 @@ def check_shares(allocation: str, importance: str, *, measured: bool = True) -> 
 def reachable(
     net: nn.Module,
     example: Any,
-    method: str | Method = "dynet",
+    method: str | Method | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     ignore: Patterns = (),
@@ -332,7 +340,8 @@ def reachable(
     return problem.reach(quantity)
 
 
-def _method(method: str | Method, options: Mapping[str, Any] | None) -> Method:
+def _method(method: str | Method | None, options: Mapping[str, Any] | None) -> Method:
+    method = "dynet" if method is None else method
     if isinstance(method, type) or not isinstance(method, Method):
         return configured(method, options)  # type: ignore[arg-type]  # what is no name is refused with the names
     if options:
@@ -352,16 +361,6 @@ def _choice(op: Operation, method: Method, fixed: Mapping[str, str], first: str)
         return Choice(op.module, Static(), reason="static: the first convolution, which reads the input")
     placed, reason = method.place(ConvSite(op.module, op.spec, op.positions))
     return Choice(op.module, placed, share_of(op, placed), reason)
-
-
-def _multiples(graph: ConvGraph) -> list[int]:
-    """Per group, channels of a layer's output per channel of the group."""
-    found = [1] * len(graph.groups)
-    for op in graph.convs:
-        runs = graph.axes.get(f"{op.weight}:0", ())
-        for group, each in extent(runs)[1]:
-            found[group] = max(found[group], each)
-    return found
 
 
 def _paced(
@@ -384,6 +383,8 @@ def _paced(
     prediction = Prediction(net, example, problem.graph, table)
     if budget.limit("latency") is None:
         first = problem.solve(budget, *how)
+        if problem.settled:
+            return first
         problem.place(placed(prediction, problem.model, first.widths))
         return problem.solve(budget, *how)
     pacer = Pacer(net, example, problem, prediction, budget, how)
@@ -392,5 +393,6 @@ def _paced(
     first = pacer.first()
     if not runs(first):
         return first
-    problem.place(placed(prediction, problem.model, first.widths))
+    if not problem.settled:
+        problem.place(placed(prediction, problem.model, first.widths))
     return pacer.land(runs)
