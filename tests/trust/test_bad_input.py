@@ -24,7 +24,7 @@ from dyncompress import DynCompress
 from dyncompress.budget import Budget
 from dyncompress.conversion import convert
 from dyncompress.cost import count_params, measure_macs
-from dyncompress.distillation import DistillConfig
+from dyncompress.distillation import KINDS, DistillConfig
 from dyncompress.errors import DynCompressError
 from dyncompress.layers import ConvSite, ConvSpec, DyNet, configured, load_static
 from dyncompress.plan import Plan
@@ -137,14 +137,23 @@ def test_distillation_settings(times: int, record_property: Any) -> None:
 
     def attempt(given: dict[str, Any]) -> None:
         config = DistillConfig(**given)
-        weights = [config.alpha, config.temperature, config.temperature**2, *config.features.values()]
+        ends = [value for share in (0.0, 0.5, 1.0) for value in config.at(share)]
+        features = [*config.features.values(), *config.hints.values(), *config.outputs.values()]
+        weights = [*ends, config.temperature**2, config.beta or 0.0, *features]
         assert torch.tensor(weights, dtype=torch.float32).isfinite().all() and config.temperature > 0
 
     values = some(
         alpha=st.floats(0, 10),
         temperature=st.floats(0.1, 10),
         features=st.dictionaries(st.just("stem"), st.floats(0.1, 10)),
-        kind=st.sampled_from(["logits", "mse"]),
+        kind=st.sampled_from(KINDS),
+        beta=st.none(),
+        labels=st.none(),
+        hints=st.dictionaries(st.just("stem"), st.floats(0.1, 10)),
+        outputs=st.dictionaries(st.just("output[0]"), st.floats(0.1, 10)),
+        alpha_end=st.floats(0, 10),
+        temperature_end=st.floats(0.1, 10),
+        ramp=st.sampled_from(["linear", "cosine"]),
     )
     record_property("figure", tried(values, attempt, 300 * times))
 
