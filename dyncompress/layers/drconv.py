@@ -267,8 +267,8 @@ def _patches(x: Tensor, spec: ConvSpec) -> Tensor:
     x = F.pad(x.unsqueeze(0), [side for pair in reversed(spec.pads) for side in pair], mode=mode).squeeze(0)
     for dim, (k, d, s) in enumerate(zip(spec.kernel_size, spec.dilation, spec.stride, strict=True), start=1):
         x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
-    taps = math.prod(spec.kernel_size)
-    return x.reshape(spec.groups, x.shape[0] // spec.groups, -1, taps).transpose(1, 2).flatten(2)
+    windows = x.unflatten(0, (spec.groups, -1)).movedim(1, 1 + spec.ndim)  # [groups, *size', in / groups, *kernel]
+    return windows.reshape(spec.groups, -1, math.prod(spec.weight_shape[1:]))
 
 
 def _by_kernel(x: Tensor, bank: Tensor, mix: Tensor, logits: Tensor, spec: ConvSpec) -> Tensor:
