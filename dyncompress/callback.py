@@ -44,10 +44,10 @@ from dyncompress.host import (
     refuse_split,
 )
 from dyncompress.inputs import example_of, placed, training_inputs
-from dyncompress.layers import configured
 from dyncompress.patch import Patch
 from dyncompress.plan import Plan
-from dyncompress.planning import check_shares, make_plan
+from dyncompress.planning import asked_method, check_shares, make_plan
+from dyncompress.presets import find_preset
 from dyncompress.restoring import careful_loading, follow, plans_of
 from dyncompress.schedules import anneal, progress
 from dyncompress.student import Student
@@ -68,7 +68,9 @@ class DynCompress(*_BASES):  # type: ignore[misc]
     Args:
         target: Share of the original's MACs (``0.33``, ``"33%"``), or an absolute cost, or several limits
             (``"33%, 50% params"``); see `make_plan`.
-        method: Registered name of the dynamic convolution, or ``"static"``: the control arm.
+        method: Registered name of the dynamic convolution, or ``"static"``: the control arm; ``"dynet"`` by default.
+        preset: Name of a paper's network, such as ``"dy-resnet18"``, instead of a method; its widths are those of the
+            paper where there is no target. See `make_plan`.
         options: The method's options.
         plan: Instead of a target: a plan, its JSON file, or a checkpoint that holds one.
         teacher: Weights of the original network (``.ckpt``, ``.pt``, ``.safetensors``), another network with the
@@ -100,7 +102,8 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         self,
         target: Target | None = None,
         *,
-        method: str = "dynet",
+        method: str | None = None,
+        preset: str | None = None,
         options: dict[str, Any] | None = None,
         plan: str | Path | Plan | None = None,
         teacher: Given = None,
@@ -117,12 +120,15 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if target is None and plan is None:
+        paper = None if preset is None else find_preset(preset)
+        if target is None and plan is None and paper is None:
             raise PlanError("DynCompress has neither target nor plan; give target='33%', say, or plan= a file")
+        if plan is not None and paper is not None:
+            raise PlanError(f"preset {shown(preset)} is given beside a plan, which says it all; leave one of them out")
         if target is not None:
             Budget.parse(target)
         check_shares(allocation, importance, measured=False)
-        configured(method, options)
+        chosen = asked_method(method, options, paper)
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
             raise DynCompressError(
                 f"recalibrate {shown(recalibrate)} is no number of batches; 8 is usual, 0 leaves it out"
@@ -134,7 +140,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
                 f"distill {shown(distill)} does not say how; give True, False, or DistillConfig(temperature=4.0)"
             )
         listed(teacher)
-        self.target, self.method, self.options, self.plan = target, method, options, plan
+        self.target, self.method, self.preset, self.options, self.plan = target, chosen.name, preset, options, plan
         self.shape: dict[str, Any] = {
             "allocation": allocation, "importance": importance, "ignore": ignore, "static": static, "floors": floors
         }  # fmt: skip
@@ -311,9 +317,9 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         elif self.plan is not None:
             plan = read_plan(self.plan)
         else:
-            assert self.target is not None
             example = example_of(trainer, module, network) if self.example is None else placed(self.example, network)
-            plan = make_plan(inner, example, self.target, self.method, options=self.options, **self.shape)
+            how: dict[str, Any] = {"method": self.method} if self.preset is None else {"preset": self.preset}
+            plan = make_plan(inner, example, self.target, options=self.options, **how, **self.shape)
         return resolve(inner, plan)
 
     def _take_over(self, student: Student) -> None:

@@ -101,7 +101,9 @@ def _plan(words: Sequence[str]) -> None:
     subject = Subject.of(recipe)
     network = subject.network(subject.model)
     console = _console()
-    for quantity in dict.fromkeys(["macs", *(limit.quantity for limit in Budget.parse(recipe.target).limits)]):
+    limits = () if recipe.target is None else Budget.parse(recipe.target).limits
+    quantities = dict.fromkeys(["macs", *(limit.quantity for limit in limits)]) if recipe.preset is None else {}
+    for quantity in quantities:  # of the method everywhere; a preset has it where the paper has it
         if quantity != "latency":
             reach = reachable(
                 network, subject.example, recipe.method, options=recipe.options, ignore=recipe.ignore,

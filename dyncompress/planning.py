@@ -87,10 +87,8 @@ class Problem:
         }
         ignored = {name: f"ignored by {pattern!r}" for name, pattern in named(net, graph, ignore, "ignore").items()}
         fixed = {**reasons, **ignored}
-        if preset is not None:
-            self.place(preset[0].choices(graph, method, fixed, preset[1]))
-        else:
-            self.place([_choice(op, method, fixed, graph.anchor) for op in graph.convs])
+        each = [_choice(op, method, fixed, graph.anchor) for op in graph.convs]
+        self.place(preset[0].choices(graph, method, fixed, preset[1]) if preset else each)
         self.full = widths(graph)
         kept = held(graph, ignored)
         least = smallest(net, graph, floors or {}, min_width)
@@ -257,7 +255,7 @@ def make_plan(
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
         raise BudgetError(f"tolerance {shown(tolerance)} is not between 0 and 1; 0.01 lands within 1% of the target")
     check(importance, batches, loss)
-    method = paper.configured(method, options) if paper else _method(method, options)
+    method = asked_method(method, options, paper)
     tracer = Tracer(net, example, linear=getattr(method, "linear", False))
     table = table_for(net, table, timed=budget is not None and budget.limit("latency") is not None)
     scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
@@ -334,13 +332,16 @@ def reachable(
     if quantity not in ("macs", "params"):
         raise PlanError(f"quantity {shown(quantity)} has no range; choose macs or params")
     _check_width(min_width)
-    method = _method(method, options)
+    method = asked_method(method, options, None)
     graph = Tracer(net, example, linear=getattr(method, "linear", False)).graph
     problem = Problem(net, graph, method, ignore, min_width, floors=floors, static=static)
     return problem.reach(quantity)
 
 
-def _method(method: str | Method | None, options: Mapping[str, Any] | None) -> Method:
+def asked_method(method: object, options: Mapping[str, Any] | None, paper: Preset | None) -> Method:
+    """The method of `make_plan`'s arguments."""
+    if paper is not None:
+        return paper.configured(method, options)
     method = "dynet" if method is None else method
     if isinstance(method, type) or not isinstance(method, Method):
         return configured(method, options)  # type: ignore[arg-type]  # what is no name is refused with the names

@@ -22,8 +22,9 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from dyncompress.budget import Budget
 from dyncompress.distillation import DistillConfig
 from dyncompress.errors import RecipeError, shown
-from dyncompress.layers import configured, list_methods
-from dyncompress.planning import check_shares
+from dyncompress.layers import list_methods
+from dyncompress.planning import asked_method, check_shares
+from dyncompress.presets import find_preset
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Recipe:
         data: The LightningDataModule, likewise (--data.NAME VALUE).
         module: Name of the network in the LightningModule, where there are several.
         target: What the student may cost: 33%, 0.33, 1.2G, "350k params", "60% latency"; several limits as
-            "33%, 50% params".
-        method: What its convolutions become; `dyncompress methods` lists the names.
+            "33%, 50% params". Without one, a preset's widths.
+        method: What its convolutions become; `dyncompress methods` lists the names. dynet by default.
+        preset: Instead of a method: a paper's network, such as dy-resnet18; docs/presets.md lists the names.
         options: Options of the method.
         allocation: How widths share the budget: uniform, importance, or sensitivity (measured score drops).
         importance: Which channels stay: magnitude, bn (scales of BatchNorms) or taylor (change of the loss).
@@ -74,8 +76,9 @@ class Recipe:
 
     model: dict[str, Any]
     data: dict[str, Any]
-    target: str | float | tuple[str | float, ...]
-    method: str = "dynet"
+    target: str | float | tuple[str | float, ...] | None = None
+    method: str | None = None
+    preset: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     allocation: str = "uniform"
     importance: str = "magnitude"
@@ -98,8 +101,11 @@ class Recipe:
     out: str = ""
 
     def __post_init__(self) -> None:
-        Budget.parse(self.target)
-        configured(self.method, self.options)
+        paper = None if self.preset is None else find_preset(self.preset)
+        if self.target is not None or paper is None:
+            Budget.parse(self.target)  # type: ignore[arg-type]  # what is no target is refused with what is one
+        own = paper is not None and self.method == paper.method  # as a recipe says that was written by to_dict
+        object.__setattr__(self, "method", asked_method(None if own else self.method, self.options, paper).name)
         check_shares(self.allocation, self.importance)
         least = {"epochs": (self.epochs, 1), "baseline.epochs": (self.baseline.epochs, 1), "threads": (self.threads, 0),
                  "batches": (self.batches, 1)}  # fmt: skip

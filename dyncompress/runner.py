@@ -21,7 +21,6 @@ import torch
 from rich.console import Console
 
 from dyncompress.arms import Arm, Score
-from dyncompress.budget import Budget
 from dyncompress.bundle import save
 from dyncompress.callback import DynCompress
 from dyncompress.checkpoint import load_weights
@@ -207,8 +206,8 @@ class Run:
         macs, params = measure_macs(original, subject.example), count_params(original)
         before = Arm("", macs, params, self._score("original"), 0, latency["original"])
         return Report(
-            target=str(Budget.parse(recipe.target)),
-            method=recipe.method,
+            target=plans["student"].target,
+            method=plans["student"].method,
             original=before,
             student=arms["student"],
             static=arms.get("static"),

@@ -115,14 +115,16 @@ class Subject:
 
     def plan(self, progress: Progress | None = None) -> Plan:
         """The student's plan, at the weights that the module has now; progress of what it takes measuring."""
-        return self._plan(self.recipe.method, self.recipe.target, self.recipe.options, progress)
+        recipe = self.recipe
+        how = {"method": recipe.method} if recipe.preset is None else {"preset": recipe.preset}
+        return self._plan(how, recipe.target, recipe.options, progress)
 
     def plans(self, progress: Progress | None = None) -> dict[str, Plan]:
         """The student's plan, and its control's: the static network that costs as many MACs as the student."""
         student = self.plan(progress)
         if not self.recipe.control or self.recipe.method == "static":
             return {"student": student}
-        return {"static": self._plan("static", student.macs_after, {}), "student": student}
+        return {"static": self._plan({"method": "static"}, student.macs_after, {}), "student": student}
 
     def check(self) -> None:
         """Raise where the plans can't be made or their data can't be read; nothing is measured."""
@@ -152,7 +154,9 @@ class Subject:
     def _measures(self) -> bool:
         return self.recipe.allocation == "sensitivity" or self.recipe.importance == "taylor"
 
-    def _plan(self, method: str, target: Target, options: dict[str, Any], progress: Progress | None = None) -> Plan:
+    def _plan(
+        self, how: dict[str, Any], target: Target | None, options: dict[str, Any], progress: Progress | None = None
+    ) -> Plan:
         recipe, network = self.recipe, self.network(self.model)
         batches = self.batches(recipe.batches) if self._measures else []
         channels: dict[str, Any] = {"importance": recipe.importance}
@@ -174,7 +178,7 @@ class Subject:
             network,
             self.example,
             target,
-            method,
+            **how,
             options=options,
             allocation=recipe.allocation,
             sensitivity=sensitivity,
