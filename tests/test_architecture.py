@@ -17,8 +17,9 @@ ORDER = """
     layers.perimage layers.dyco3d layers.c2sp layers.partition layers.warehouse layers.kernelwarehouse layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
     sharing tracing cost importance marginal budget planfile plan
-    allocation knapsack selection conversion folding losses answers distillation hints
-    latency evaluation taylor ranking sensitivity allocator provenance latencytable prediction worth pacing roles presets planning
+    allocation knapsack selection ridge compensation conversion folding losses answers distillation hints
+    latency evaluation taylor ranking sensitivity allocator provenance latencytable prediction worth pacing
+    roles warehouses presets planning
     plotting arms report tracking bundle formats exporting checkpoint
     host schedules student patch restoring teachers inputs teaching callback
     recipe subject loggers runner comparison cli __main__

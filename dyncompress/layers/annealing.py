@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, shown
+from dyncompress.layers.options import check_part, is_number
 
-__all__ = ["Temperature", "check_annealing"]
+__all__ = ["Temperature", "check_annealing", "remaining"]
+
+
+def remaining(progress: float, warmup: float) -> float:
+    """What is left of a warm-up: falls linearly from 1, where training starts, to 0, from ``warmup`` on.
+
+    Args:
+        progress: The part of the training that is over, from 0 to 1.
+        warmup: The part of the training that it lasts, from 0, for none, to 1.
+
+    Example:
+        >>> [remaining(progress, 0.5) for progress in (0.0, 0.25, 0.5, 1.0)]
+        [1.0, 0.5, 0.0, 0.0]
+    """
+    return 1 - progress / warmup if progress < warmup else 0.0
 
 
 class Temperature(nn.Module):
@@ -47,8 +61,7 @@ class Temperature(nn.Module):
 
     def anneal(self, progress: float) -> None:
         """Linear in the progress: start at 0, 1 from ``warmup`` on; never up."""
-        rest = 1 - progress / self.warmup if progress < self.warmup else 0.0
-        self.value.clamp_(max=1 + (self.start - 1) * rest)
+        self.value.clamp_(max=1 + (self.start - 1) * remaining(progress, self.warmup))
 
     def extra_repr(self) -> str:
         """Where it begins, and until when it falls."""
@@ -57,13 +70,8 @@ class Temperature(nn.Module):
 
 def check_annealing(temperature: object, warmup: object) -> None:
     """Raise unless the options are a temperature to start at and a part of a training."""
-    if not _is_number(temperature) or not 1 <= temperature < math.inf:
+    if not is_number(temperature) or not 1 <= temperature < math.inf:
         raise DynCompressError(
             f"temperature {shown(temperature)} is nothing to start at: give a number of at least 1 (1 for none)"
         )
-    if not _is_number(warmup) or not 0 <= warmup <= 1:
-        raise DynCompressError(f"warmup {shown(warmup)} is no part of a training: give 0 to 1, such as 0.1")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    check_part("warmup", warmup, "a training", "0 to 1, such as 0.1")

@@ -21,15 +21,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dyncompress.errors import DynCompressError, shown
+from dyncompress.layers.channels import scaled
 from dyncompress.layers.dynet import DyNet
-from dyncompress.layers.method import DynamicConv, Method, register_method
+from dyncompress.layers.method import DynamicConv, Method, PerLayer, register_method
+from dyncompress.layers.options import check_count
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 from dyncompress.layers.static import Static, load_static
 
@@ -43,7 +44,7 @@ _ALIKE = 0.66
 
 @register_method("c2sp")
 @dataclass(frozen=True)
-class C2sp:
+class C2sp(PerLayer):
     """Options of even-sized kernels.
 
     Args:
@@ -65,15 +66,7 @@ class C2sp:
     g: int = 1
 
     def __post_init__(self) -> None:
-        if type(self.g) is not int or not 1 <= self.g <= _MOST_KERNELS:
-            raise DynCompressError(
-                f"g {shown(self.g)} is no number of kernels: give 1 (static kernels) to {_MOST_KERNELS}"
-            )
-
-    @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Each layer is built alone."""
-        return "layer"
+        check_count("g", self.g, "kernels", 1, _MOST_KERNELS, f"1 (static kernels) to {_MOST_KERNELS}")
 
     @property
     def _inner(self) -> Static | DyNet:
@@ -142,26 +135,16 @@ class EvenConv(DynamicConv):
         y: Tensor = self.conv(torch.cat(parts, 1))
         return y
 
-    @torch.no_grad()
-    def load_static(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        spare: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Start at the even kernel whose output is closest to the odd one's, in the mean over smooth inputs.
+    def start(self, weight: Tensor, bias: Tensor, spare: Tensor | None, generator: torch.Generator | None) -> None:
+        """The even kernel whose output is closest to the odd one's, in the mean over smooth inputs.
 
         A tap that falls away is predicted from its neighbour, which takes over 0.66 of its weight: the least squares
         solution where neighbouring features have 0.66 of their mean square in common, and those that are further apart
         accordingly less.
-
-        See :meth:`DynamicConv.load_static` for arguments and errors.
         """
-        self.check_static(weight, bias, spare)
-        even = self._project(weight)
-        load_static(self.conv, even, bias, spare=None if spare is None else self._truncate(spare), generator=generator)
+        spare = None if spare is None else self._truncate(spare)
+        offset = bias if self.spec.bias else None
+        load_static(self.conv, self._project(weight), offset, spare=spare, generator=generator)
 
     @classmethod
     def shipped(cls, layers: Sequence[EvenConv]) -> list[nn.Module]:
@@ -178,7 +161,7 @@ class EvenConv(DynamicConv):
         if isinstance(conv, DynamicConv):
             return conv.absorb(scale, shift)
         weight, bias = conv.weight.data, 0 if conv.bias is None else conv.bias.data
-        conv.weight.data = (weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
+        conv.weight.data = scaled(weight, scale)
         conv.bias = nn.Parameter((bias * scale + shift).to(weight.dtype))
         return True
 

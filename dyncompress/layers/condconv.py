@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncompress.layers.execution import dynamic_conv
-from dyncompress.layers.method import Method, register_method
+from dyncompress.layers.method import Method, PerLayer, register_method
 from dyncompress.layers.placement import check_placement, placed
 from dyncompress.layers.router import RouterLinear, Squeeze
 from dyncompress.layers.sharedbank import SharedBank, check_kernels
@@ -35,7 +35,7 @@ __all__ = ["CondConv", "CondConvLayer"]
 
 @register_method("condconv")
 @dataclass(frozen=True)
-class CondConv:
+class CondConv(PerLayer):
     """Options of CondConv.
 
     Args:
@@ -62,11 +62,6 @@ class CondConv:
     def __post_init__(self) -> None:
         check_kernels("experts", self.experts, "2 (1 leaves layers static)")
         check_placement(self.placement)
-
-    @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Each layer is built alone."""
-        return "layer"
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """CondConv, with fewer kernels or not at all by the rule that `DyNet.place` describes: mixing costs the same.
@@ -124,12 +119,6 @@ class CondConvLayer(SharedBank):
         self.router = RouterLinear(spec.in_channels, experts)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Start from scratch: coefficients 1/2, a mixed kernel with the variance of nn.ConvNd's default."""
-        self.reset_bank()
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
-
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
         self.check_input(x)
@@ -138,23 +127,6 @@ class CondConvLayer(SharedBank):
     def coefficients(self, x: Tensor) -> Tensor:
         """Coefficients [B, E] in (0, 1) of x [B, in, *size]; fp32 at least."""
         return torch.sigmoid(self.router(self.squeeze(x)))
-
-    @torch.no_grad()
-    def load_static(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        spare: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Warm start: all coefficients 1/2, and kernels of which half the sum is the static one.
-
-        See :meth:`SharedBank.load_bank` for the kernels, :meth:`DynamicConv.load_static` for arguments and errors.
-        """
-        self.load_bank(weight, bias, spare, generator)
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
 
     def extra_repr(self) -> str:
         """Method, shapes and E."""

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dyncompress.errors import DynCompressError, shown
+from dyncompress.layers.channels import per_channel, scaled
 from dyncompress.layers.execution import CONV, convolve
-from dyncompress.layers.method import DynamicConv, Method, register_method
+from dyncompress.layers.method import DynamicConv, Method, PerLayer, register_method
+from dyncompress.layers.options import check_count
 from dyncompress.layers.placement import better_static, check_placement
 from dyncompress.layers.router import RouterLinear, Squeeze
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
@@ -50,7 +51,7 @@ _MOST_LATENT = 1024  # a latent space of more is a slip of the pen
 
 @register_method("dcd")
 @dataclass(frozen=True)
-class Dcd:
+class Dcd(PerLayer):
     """Options of DCD.
 
     Args:
@@ -73,17 +74,10 @@ class Dcd:
     placement: Literal["auto", "all"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.latent is not None and (type(self.latent) is not int or not 1 <= self.latent <= _MOST_LATENT):
-            raise DynCompressError(
-                f"latent {shown(self.latent)} is no number of dimensions: give 1 to {_MOST_LATENT}, or None for the"
-                " square root of the input channels"
-            )
+        if self.latent is not None:
+            advice = f"1 to {_MOST_LATENT}, or None for the square root of the input channels"
+            check_count("latent", self.latent, "dimensions", 1, _MOST_LATENT, advice)
         check_placement(self.placement)
-
-    @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Each layer is built alone."""
-        return "layer"
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """DCD, or static where channels are grouped: the low-rank part would join what groups keep apart.
@@ -196,15 +190,14 @@ class DcdConv(DynamicConv):
         self.check_input(x)
         phi, scale = self.coefficients(x)
         out = convolve(x, self.weight, None, self.spec, self.groups)
-        ones = (1,) * self.spec.ndim
-        out = out * scale.to(out.dtype).reshape(*scale.shape, *ones)
+        out = out * per_channel(scale, out)
         if phi is not None and self.q is not None and self.p is not None:
             conv = CONV[self.spec.ndim]
             latent = conv(_middle(x, self.spec), self.q)
             flat = latent.flatten(2)
             fused = torch.baddbmm(flat, phi.to(flat.dtype), flat).reshape(latent.shape)
             out = out + conv(fused, self.p)
-        return out if self.bias is None else out + self.bias.to(out.dtype).reshape(-1, *ones)
+        return out if self.bias is None else out + per_channel(self.bias, out)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Phi [B, L, L] (None without a low-rank part) and the scale [B, out] in [0, 2]; fp32 at least."""
@@ -213,23 +206,9 @@ class DcdConv(DynamicConv):
         phi, scale = made.split((self.latent**2, self.out_channels), dim=1)
         return phi.unflatten(1, (self.latent, self.latent)) if self.latent else None, _hard_sigmoid(scale)
 
-    @torch.no_grad()
-    def load_static(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        spare: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Warm start: W_0 is the static kernel, the scale is 1 and P is 0. The spare filters have no place in it.
-
-        See :meth:`DynamicConv.load_static` for arguments and errors.
-        """
-        self.check_static(weight, bias, spare)
+    def start(self, weight: Tensor, bias: Tensor, spare: Tensor | None, generator: torch.Generator | None) -> None:
+        """W_0 is the static kernel, the scale is 1 and P is 0. The spare filters have no place in it."""
         self.weight.copy_(weight)
-        if self.bias is not None:
-            self.bias.copy_(bias if bias is not None else torch.zeros_like(self.bias))
         self.router.weight[self.latent**2 :].zero_()
         if self.p is not None:
             self.p.zero_()
@@ -237,7 +216,7 @@ class DcdConv(DynamicConv):
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """See :meth:`DynamicConv.absorb`: W_0 and P have output channels first."""
         for weight in (self.weight,) if self.p is None else (self.weight, self.p):
-            weight.data = (weight.data * scale.reshape(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
+            weight.data = scaled(weight.data, scale)
         self.absorb_in_bias(scale, shift, self.weight.dtype)
         return True
 

@@ -36,10 +36,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dyncompress.errors import DynCompressError, shown
+from dyncompress.layers.channels import per_channel
 from dyncompress.layers.execution import convolve
-from dyncompress.layers.method import Method, register_method
+from dyncompress.layers.method import Method, PerLayer, register_method
 from dyncompress.layers.mixing import assemble, autocasts, full_precision
+from dyncompress.layers.options import check_count
 from dyncompress.layers.placement import better_static, check_placement
 from dyncompress.layers.router import RouterLinear, Squeeze
 from dyncompress.layers.sharedbank import SharedBank
@@ -54,7 +55,7 @@ _ROUNDED = "where two regions are close, a rounded input can belong to the other
 
 @register_method("drconv")
 @dataclass(frozen=True)
-class DRConv:
+class DRConv(PerLayer):
     """Options of DRConv.
 
     Args:
@@ -72,6 +73,7 @@ class DRConv:
 
     name: ClassVar[str]
     paper: ClassVar[str] = "Dynamic Region-Aware Convolution, CVPR 2021, arXiv 2003.12243"
+    adapts: ClassVar[str] = "a kernel per region"
     exceptions: ClassVar[dict[str, str]] = {"moves_between_dtypes": _ROUNDED, "runs_under_autocast": _ROUNDED}
 
     regions: int = 8
@@ -80,15 +82,8 @@ class DRConv:
 
     def __post_init__(self) -> None:
         for option in ("regions", "kernels"):
-            count = getattr(self, option)
-            if type(count) is not int or not 2 <= count <= _MOST:
-                raise DynCompressError(f"{option} {shown(count)} is no number of {option}: give 2 to {_MOST}")
+            check_count(option, getattr(self, option), option, 2, _MOST, f"2 to {_MOST}")
         check_placement(self.placement)
-
-    @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Each layer is built alone."""
-        return "layer"
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """DRConv, or static where a convolution is too small for it: m * K / S + m * groups / out is above 1/2.
@@ -165,15 +160,8 @@ class DRConvLayer(SharedBank):
 
     def reset_parameters(self) -> None:
         """Start from scratch: random regions, coefficients 1/K, a mixed kernel as nn.ConvNd's default."""
-        self.reset_bank()
-        self._neutralise()
-
-    @torch.no_grad()
-    def _neutralise(self) -> None:
-        """All regions have the same kernel. The guide is not zero: all positions would be of one region."""
-        nn.init.kaiming_normal_(self.guide, nonlinearity="linear")
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
+        super().reset_parameters()
+        nn.init.kaiming_normal_(self.guide, nonlinearity="linear")  # at zero, all positions would be of one region
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
@@ -186,7 +174,7 @@ class DRConvLayer(SharedBank):
             traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
             run: Any = _by_kernel if traced or x.is_meta or x.shape[0] == 0 else _ByRegion.apply
             out: Tensor = run(x, self.bank.to(x.dtype), mix, logits, self.spec)
-        return out if self.bias is None else out + self.bias.to(out.dtype).reshape(-1, *(1,) * self.spec.ndim)
+        return out if self.bias is None else out + per_channel(self.bias, out)
 
     def logits(self, x: Tensor) -> Tensor:
         """Guided feature [B, m, *size'] of x [B, in, *size]; the largest one is the region. fp32 at least."""
@@ -199,22 +187,9 @@ class DRConvLayer(SharedBank):
         share = 2 / self.kernels * torch.sigmoid(self.router(self.squeeze(x)))
         return share.reshape(-1, self.regions, self.kernels)
 
-    @torch.no_grad()
-    def load_static(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        spare: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Warm start: all coefficients 1/K, and kernels whose mean is the static one, whatever the regions are.
-
-        See :meth:`SharedBank.load_bank` for the kernels, :meth:`DynamicConv.load_static` for arguments and errors.
-        """
-        self.load_bank(weight, bias, spare, generator)
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
+    def start(self, weight: Tensor, bias: Tensor, spare: Tensor | None, generator: torch.Generator | None) -> None:
+        """See :meth:`SharedBank.start`: the same kernel in all regions, whatever they are."""
+        super().start(weight, bias, spare, generator)
         device = None if generator is None else generator.device
         noise = torch.randn(self.guide.shape, generator=generator, device=device)
         self.guide.copy_(noise / math.sqrt(self.guide[0].numel()))

@@ -29,8 +29,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dyncompress.errors import DynCompressError, shown
-from dyncompress.layers.method import DynamicConv, Method, register_method
+from dyncompress.layers.channels import per_channel
+from dyncompress.layers.method import DynamicConv, Method, PerLayer, register_method
+from dyncompress.layers.options import check_count
 from dyncompress.layers.perimage import convolve_each
 from dyncompress.layers.placement import better_static, check_placement
 from dyncompress.layers.router import RouterLinear, Squeeze
@@ -45,7 +46,7 @@ _SHARE = 5  # generating a kernel may take a fifth of the convolution
 
 @register_method("dyco3d")
 @dataclass(frozen=True)
-class DyCo3d:
+class DyCo3d(PerLayer):
     """Options of DyCo3D.
 
     Args:
@@ -66,21 +67,15 @@ class DyCo3d:
         "DyCo3D: Robust Instance Segmentation of 3D Point Clouds through Dynamic Convolution, CVPR 2021,"
         " arXiv 2011.13328"
     )
+    adapts: ClassVar[str] = "the whole kernel"
 
     hidden: int = 8
     placement: Literal["auto", "all"] = "auto"
 
     def __post_init__(self) -> None:
-        if type(self.hidden) is not int or not 0 <= self.hidden <= _MOST_HIDDEN:
-            raise DynCompressError(
-                f"hidden {shown(self.hidden)} is no number of units: give 1 to {_MOST_HIDDEN}, or 0 for no such layer"
-            )
+        advice = f"1 to {_MOST_HIDDEN}, or 0 for no such layer"
+        check_count("hidden", self.hidden, "units", 0, _MOST_HIDDEN, advice)
         check_placement(self.placement)
-
-    @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Each layer is built alone."""
-        return "layer"
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """DyCo3D for pointwise convolutions, static for others.
@@ -176,7 +171,7 @@ class DyCo3dConv(DynamicConv):
         self.check_input(x)
         kernels, biases = self.generate(x)
         out = convolve_each(x, kernels.to(self.router.weight.dtype), self.bias, self.spec)
-        return out if biases is None else out + biases.to(out.dtype).reshape(*biases.shape, *(1,) * self.spec.ndim)
+        return out if biases is None else out + per_channel(biases, out)
 
     def generate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Kernels [B, out, in / groups, *kernel] and biases [B, out] of x [B, in, *size]; fp32 at least."""
@@ -184,24 +179,13 @@ class DyCo3dConv(DynamicConv):
         kernels, biases = made.tensor_split((self.spec.kernel_params,), dim=1)
         return kernels.unflatten(1, self.spec.weight_shape), biases if self.spec.bias else None
 
-    @torch.no_grad()
-    def load_static(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        spare: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Warm start: every instance gets the static kernel. The spare filters have no place in it.
-
-        See :meth:`DynamicConv.load_static` for arguments and errors.
-        """
-        self.check_static(weight, bias, spare)
+    def start(self, weight: Tensor, bias: Tensor, spare: Tensor | None, generator: torch.Generator | None) -> None:
+        """Every instance gets the static kernel. The spare filters have no place in it."""
         nn.init.zeros_(self.router.weight)
         kernel, offset = self.router.bias.tensor_split((self.spec.kernel_params,))
         kernel.copy_(weight.flatten())
-        offset.copy_(bias if bias is not None else torch.zeros_like(offset))
+        if self.spec.bias:
+            offset.copy_(bias)
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """See :meth:`DynamicConv.absorb`: each row of the controller belongs to an output channel."""

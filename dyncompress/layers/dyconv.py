@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.annealing import Temperature, check_annealing
+from dyncompress.layers.channels import per_channel
 from dyncompress.layers.execution import dynamic_conv
-from dyncompress.layers.method import Method, register_method
+from dyncompress.layers.method import Method, PerLayer, register_method
 from dyncompress.layers.mixing import full_precision
 from dyncompress.layers.placement import check_placement, placed
 from dyncompress.layers.router import RouterLinear, Squeeze
@@ -40,7 +41,7 @@ _LEAST_HIDDEN = 8  # of fewer, all could be dead
 
 @register_method("dyconv")
 @dataclass(frozen=True)
-class DyConv:
+class DyConv(PerLayer):
     """Options of DY-CNN.
 
     Args:
@@ -74,11 +75,6 @@ class DyConv:
             raise DynCompressError(f"reduction {shown(self.reduction)} is no divisor of channels: give one such as 4")
         check_annealing(self.temperature, self.warmup)
         check_placement(self.placement)
-
-    @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Each layer is built alone."""
-        return "layer"
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """DY-CNN, with fewer kernels or not at all by the rule that `DyNet.place` describes: mixing costs the same.
@@ -154,12 +150,6 @@ class DyConvLayer(SharedBank):
         self.temperature = Temperature(temperature, warmup)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Start from scratch: coefficients 1/K, a mixed kernel with the variance of nn.ConvNd's default."""
-        self.reset_bank()
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
-
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
         self.check_input(x)
@@ -169,7 +159,7 @@ class DyConvLayer(SharedBank):
         out = dynamic_conv(x, self.bank, pi.unsqueeze(1), None, self.spec)
         with full_precision(x):
             bias = pi.to(self.bias.dtype) @ self.bias
-        return out + bias.to(out.dtype).reshape(*bias.shape, *(1,) * self.spec.ndim)
+        return out + per_channel(bias, out)
 
     def coefficients(self, x: Tensor) -> Tensor:
         """Coefficients [B, K], positive and of sum 1, of x [B, in, *size]; fp32 at least."""
@@ -178,23 +168,6 @@ class DyConvLayer(SharedBank):
     def anneal(self, progress: float) -> None:
         """Lower the temperature; see :class:`dyncompress.layers.annealing.Temperature`."""
         self.temperature.anneal(progress)
-
-    @torch.no_grad()
-    def load_static(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        spare: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Warm start: all coefficients 1/K at every temperature, and kernels whose mean is the static one.
-
-        See :meth:`SharedBank.load_bank` for the kernels, :meth:`DynamicConv.load_static` for arguments and errors.
-        """
-        self.load_bank(weight, bias, spare, generator)
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
 
     def extra_repr(self) -> str:
         """Method, shapes and K."""

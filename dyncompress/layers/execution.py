@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dyncompress.layers.channels import per_channel
 from dyncompress.layers.fused import fused_conv, unsupported
 from dyncompress.layers.mixing import as_own, autocasts, is_own, kernels_of
 from dyncompress.layers.recompute import Shapes, convolve_batch
@@ -207,4 +208,4 @@ def _features(x: Tensor, bank: Tensor, eta: Tensor, bias: Tensor | None, spec: C
 
 
 def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
-    return out if bias is None else out + bias.to(out.dtype).reshape(-1, *(1,) * (out.ndim - 2))
+    return out if bias is None else out + per_channel(bias, out)

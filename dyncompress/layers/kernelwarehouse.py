@@ -33,6 +33,7 @@ from torch import nn
 
 from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.method import Method, register_method
+from dyncompress.layers.options import check_part, is_number
 from dyncompress.layers.partition import Store, stored
 from dyncompress.layers.placement import check_placement
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
@@ -86,12 +87,12 @@ class KernelWarehouse:
 
     def __post_init__(self) -> None:
         check_placement(self.placement)
-        if not _is_number(self.ratio) or not any(math.isclose(self.ratio, known) for known in _RATIOS):
+        if not is_number(self.ratio) or not any(math.isclose(self.ratio, known) for known in _RATIOS):
             raise DynCompressError(
                 f"ratio {shown(self.ratio)} gives layers no whole numbers of cells: give 1 to 8, or 1/2 to 1/8"
             )
         for option, part in (("cell", self.cell), ("cell_in", self.cell_in)):
-            if part is not None and (not _is_number(part) or not 0 < part <= 1):
+            if part is not None and (not is_number(part) or not 0 < part <= 1):
                 raise DynCompressError(
                     f"{option} {shown(part)} is no width of a cell: give a part of the common divisor, 1 or 0.5, say"
                 )
@@ -99,12 +100,9 @@ class KernelWarehouse:
             ("basis", self.basis, "the cells of other layers, 1/16 say, or 1 for no basis"),
             ("reduction", self.reduction, "the input channels, 1/16 say"),
         ):
-            if not _is_number(part) or not 0 < part <= 1:
+            if not is_number(part) or not 0 < part <= 1:
                 raise DynCompressError(f"{option} {shown(part)} is no part between 0 and 1: give one of {of}")
-        if not _is_number(self.warmup) or not 0 <= self.warmup <= 1:
-            raise DynCompressError(
-                f"warmup {shown(self.warmup)} is no part of the training: give 0 (none) to 1, 1/15 say"
-            )
+        check_part("warmup", self.warmup, "the training", "0 (none) to 1, 1/15 say")
 
     @property
     def exceptions(self) -> dict[str, str]:
@@ -204,7 +202,3 @@ class KernelWarehouse:
 
 def _hidden(spec: ConvSpec, reduction: float) -> int:
     return max(int(spec.in_channels * reduction), _LEAST_HIDDEN)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

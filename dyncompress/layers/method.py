@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, UnknownMethodError, shown
+from dyncompress.layers.channels import scaled
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 
-__all__ = ["DynamicConv", "Method", "configured", "get_method", "list_methods", "register_method"]
+__all__ = ["DynamicConv", "Method", "PerLayer", "configured", "get_method", "list_methods", "register_method"]
 
 
 @runtime_checkable
@@ -59,11 +60,21 @@ class Method(Protocol):
         ...
 
 
+class PerLayer:
+    """Base of methods whose layers are built each alone."""
+
+    @property
+    def sharing(self) -> Literal["layer"]:
+        """Each layer is built alone."""
+        return "layer"
+
+
 class DynamicConv(nn.Module):
     """Base of every layer whose kernel depends on its input.
 
-    A subclass takes what nn.ConvNd takes and returns what it returns: x [B, in, *size] -> [B, out, *size']. It has
-    nn.ConvNd's attributes too (``out_channels``, ``stride``, ...), for code that reads them.
+    A subclass says in :meth:`forward` what it computes and in :meth:`start` where it starts. It takes what nn.ConvNd
+    takes and returns what it returns: x [B, in, *size] -> [B, out, *size']. It has nn.ConvNd's attributes too
+    (``out_channels``, ``stride``, ...), for code that reads them.
 
     Args:
         spec: Shapes of the convolution that the layer replaces.
@@ -79,6 +90,7 @@ class DynamicConv(nn.Module):
         self.kernel_size, self.stride, self.dilation = spec.kernel_size, spec.stride, spec.dilation
         self.padding, self.padding_mode = spec.padding, spec.padding_mode
 
+    @torch.no_grad()
     def load_static(
         self,
         weight: Tensor,
@@ -98,7 +110,16 @@ class DynamicConv(nn.Module):
         Raises:
             DynCompressError: If a shape differs from the spec's.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement load_static")
+        self.check_static(weight, bias, spare)
+        bias = weight.new_zeros(self.out_channels) if bias is None else bias
+        self.start(weight, bias, spare, generator)
+        own = getattr(self, "bias", None)
+        if own is not None:
+            own.copy_(bias)
+
+    def start(self, weight: Tensor, bias: Tensor, spare: Tensor | None, generator: torch.Generator | None) -> None:
+        """A subclass's part of :meth:`load_static`, which checks the shapes and sets a parameter ``bias`` itself."""
+        raise NotImplementedError(f"{type(self).__name__} must implement start")
 
     def anneal(self, progress: float) -> None:
         """Follow a schedule; called before every training batch. Most layers have none.
@@ -136,7 +157,7 @@ class DynamicConv(nn.Module):
         bank: Any = getattr(self, "bank", None)
         if bank is None:
             return False
-        bank.data = (bank.data * scale.reshape(-1, *(1,) * (bank.ndim - 1))).to(bank.dtype)
+        bank.data = scaled(bank.data, scale)
         self.absorb_in_bias(scale, shift, bank.dtype)
         return True
 

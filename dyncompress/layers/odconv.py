@@ -35,8 +35,9 @@ from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.annealing import Temperature, check_annealing
+from dyncompress.layers.channels import per_channel
 from dyncompress.layers.execution import convolve, dynamic_conv
-from dyncompress.layers.method import Method, register_method
+from dyncompress.layers.method import Method, PerLayer, register_method
 from dyncompress.layers.placement import affordable, better_static, check_placement, pays
 from dyncompress.layers.router import RouterLinear, Squeeze
 from dyncompress.layers.sharedbank import SharedBank, check_kernels
@@ -59,7 +60,7 @@ class Heads(NamedTuple):
 
 @register_method("odconv")
 @dataclass(frozen=True)
-class ODConv:
+class ODConv(PerLayer):
     """Options of ODConv.
 
     Args:
@@ -80,7 +81,6 @@ class ODConv:
 
     name: ClassVar[str]
     paper: ClassVar[str] = "Omni-Dimensional Dynamic Convolution, ICLR 2022, arXiv 2209.07947"
-    adapts: ClassVar[str] = "scales per channel, tap"
 
     kernels: int = 1
     spatial: bool = True
@@ -96,9 +96,9 @@ class ODConv:
         check_placement(self.placement)
 
     @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Each layer is built alone."""
-        return "layer"
+    def adapts(self) -> str:
+        """What depends on the input."""
+        return "scales per channel" + ", tap" * self.spatial + ", kernel" * (self.kernels > 1)
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """ODConv, with so many kernels as measured cost allows; where not even one can be assembled, plain.
@@ -195,24 +195,18 @@ class ODConvLayer(SharedBank):
         self.temperature = Temperature(temperature, warmup)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Start from scratch: neutral attention, a mixed kernel with the variance of nn.ConvNd's default."""
-        self.reset_bank()
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
-
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
         self.check_input(x)
         channels, filters, eta = self.coefficients(x)
-        x = x * _per_channel(channels, x)
+        x = x * per_channel(channels, x)
         if eta is None:
             out = convolve(x, self.bank[0, 0], None, self.spec, self.groups)
         else:
             out = dynamic_conv(x, self.bank, eta, None, self.spec)
         if filters is not None:
-            out = out * _per_channel(filters, out)
-        return out if self.bias is None else out + _per_channel(self.bias.unsqueeze(0), out)
+            out = out * per_channel(filters, out)
+        return out if self.bias is None else out + per_channel(self.bias, out)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of x [B, in, *size], in fp32 at least.
@@ -235,29 +229,7 @@ class ODConvLayer(SharedBank):
         """Lower the temperature; see :class:`dyncompress.layers.annealing.Temperature`."""
         self.temperature.anneal(progress)
 
-    @torch.no_grad()
-    def load_static(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        spare: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Warm start: neutral attention at every temperature, and kernels whose mean is the static one.
-
-        See :meth:`SharedBank.load_bank` for the kernels, :meth:`DynamicConv.load_static` for arguments and errors.
-        """
-        self.load_bank(weight, bias, spare, generator)
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
-
     def extra_repr(self) -> str:
         """Method, shapes, K, and which attention it has."""
         kinds = ", ".join(kind for kind, count in self.heads._asdict().items() if count)
         return f"{super().extra_repr()}, kernels={self.kernels}, attention to {kinds}"
-
-
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """[B, C] -> [B, C, 1, ...] in the dtype of what it is multiplied with."""
-    return values.to(like.dtype).reshape(*values.shape, *(1,) * (like.ndim - 2))

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dyncompress.errors import DynCompressError, shown
+from dyncompress.layers.channels import scaled
 from dyncompress.layers.method import DynamicConv
+from dyncompress.layers.options import check_count
+from dyncompress.layers.router import RouterLinear
 from dyncompress.layers.spec import ConvSpec
 from dyncompress.layers.warmstart import atoms
 
@@ -19,12 +21,13 @@ _MOST_KERNELS = 1024  # a bank of more is a slip of the pen
 
 def check_kernels(option: str, count: object, least: str) -> None:
     """Raise unless an option is a number of kernels."""
-    if type(count) is not int or not 1 <= count <= _MOST_KERNELS:
-        raise DynCompressError(f"{option} {shown(count)} is no number of kernels: give {least} to {_MOST_KERNELS}")
+    check_count(option, count, "kernels", 1, _MOST_KERNELS, f"{least} to {_MOST_KERNELS}")
 
 
 class SharedBank(DynamicConv):
     """A bank of K kernels, and a bias that is not mixed.
+
+    A subclass adds ``router``, whose logits of 0 make every coefficient ``share``, and calls :meth:`reset_parameters`.
 
     Args:
         spec: Shapes of the convolution.
@@ -34,6 +37,7 @@ class SharedBank(DynamicConv):
     """
 
     bias: nn.Parameter | None
+    router: RouterLinear
 
     def __init__(self, spec: ConvSpec, kernels: int, share: float, taps: bool = False) -> None:
         super().__init__(spec)
@@ -47,19 +51,21 @@ class SharedBank(DynamicConv):
         """Number of kernels K."""
         return self.bank.shape[1]
 
-    def reset_bank(self) -> None:
-        """Start from scratch: a mixed kernel, and a bias, with the variance of nn.ConvNd's default."""
+    def reset_parameters(self) -> None:
+        """Start from scratch: all coefficients ``share``, a mixed kernel with the variance of nn.ConvNd's default."""
         bound = 1 / math.sqrt(math.prod(self.spec.weight_shape[1:]))
         wider = bound / (self.share * math.sqrt(self.kernels))
         nn.init.uniform_(self.bank, -wider, wider)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+        self._neutralise()
 
-    @torch.no_grad()
-    def load_bank(
-        self, weight: Tensor, bias: Tensor | None, spare: Tensor | None, generator: torch.Generator | None
-    ) -> None:
-        """Kernels whose mix is the static one as long as all coefficients are ``share``, and no two of which are equal.
+    def _neutralise(self) -> None:
+        nn.init.zeros_(self.router.weight)
+        nn.init.zeros_(self.router.bias)
+
+    def start(self, weight: Tensor, bias: Tensor, spare: Tensor | None, generator: torch.Generator | None) -> None:
+        """All coefficients ``share``, and kernels whose mix then is the static one, no two of which are equal.
 
         With e_0 the static kernel, and e_i of the filters of a kernel i >= 1 the spare ones most similar to it, with
         a little noise (:func:`dyncompress.layers.warmstart.atoms`)::
@@ -68,7 +74,7 @@ class SharedBank(DynamicConv):
 
         See :meth:`DynamicConv.load_static` for arguments.
         """
-        self.check_static(weight, bias, spare)
+        self._neutralise()
         weight = weight.to("cpu", torch.float64)  # not every device knows fp64
         others = atoms(weight, spare, self.kernels - 1, generator).transpose(0, 1)
         others = others - (weight + others.sum(0)) / self.kernels
@@ -79,11 +85,9 @@ class SharedBank(DynamicConv):
         if self.taps:
             stack = stack.flatten(3).permute(3, 0, 1, 2)
         self.bank.copy_(stack.reshape(self.bank.shape))
-        if self.bias is not None:
-            self.bias.copy_(bias if bias is not None else torch.zeros_like(self.bias))
 
     def absorb(self, scale: Tensor, shift: Tensor) -> bool:
         """See :meth:`DynamicConv.absorb`; output channels are the third dimension of the bank."""
-        self.bank.data = (self.bank.data * scale.reshape(-1, *(1,) * (self.bank.ndim - 3))).to(self.bank.dtype)
+        self.bank.data = scaled(self.bank.data, scale, dim=2)
         self.absorb_in_bias(scale, shift, self.bank.dtype)
         return True

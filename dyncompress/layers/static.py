@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError
-from dyncompress.layers.method import DynamicConv, Method, register_method
+from dyncompress.layers.method import DynamicConv, Method, PerLayer, register_method
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 
 __all__ = ["Static", "load_static"]
@@ -20,18 +20,13 @@ _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 @register_method("static")
 @dataclass(frozen=True)
-class Static:
+class Static(PerLayer):
     """Plain ``nn.ConvNd``, no options."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     adapts: ClassVar[str] = "nothing"
     exceptions: ClassVar[dict[str, str]] = {"repr_names_the_method": "a plain nn.ConvNd prints as in torch"}
-
-    @property
-    def sharing(self) -> Literal["layer", "block"]:
-        """Each layer is built alone."""
-        return "layer"
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """Every site can be static."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dyncompress.layers.annealing import remaining
 from dyncompress.layers.method import DynamicConv
 from dyncompress.layers.mixing import full_precision
 from dyncompress.layers.partition import Grid
@@ -114,7 +115,7 @@ class WarehouseConv(DynamicConv):
 
     def anneal(self, progress: float) -> None:
         """Let tau fall linearly to 0 within the warm-up; it never rises again."""
-        self.tau.clamp_(max=max(0.0, 1 - progress / self.warmup) if self.warmup else 0.0)
+        self.tau.clamp_(max=remaining(progress, self.warmup))
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
@@ -157,24 +158,13 @@ class WarehouseConv(DynamicConv):
         kernels = whole[:, :wide, :deep].reshape(-1, wide, deep, *self.kernel_size)
         return kernels if self.scale is None else kernels * self.scale.reshape(-1, *(1,) * (kernels.ndim - 2))
 
-    @torch.no_grad()
-    def load_static(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        spare: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def start(self, weight: Tensor, bias: Tensor, spare: Tensor | None, generator: torch.Generator | None) -> None:
         """Cut the kernel into cells, and let the router's bias put them back where they were.
 
         From a ratio of 1 on this is exact, and stays within 0.1 % while tau falls: normalised, a z that is beta is
         beta / 1.001. Cells in excess start as noise. Below 1 the cells are the leading singular vectors of the kernel's
         [m, cell]: no other choice of so few is closer.
-
-        See :meth:`DynamicConv.load_static` for arguments and errors.
         """
-        self.check_static(weight, bias, spare)
         pieces = self._cut(weight.to("cpu", torch.float64))
         own = slice(self.first, self.first + self.own)
         if self.whole:
@@ -194,8 +184,6 @@ class WarehouseConv(DynamicConv):
         self.router.weight.zero_()
         self._start.copy_(start.flatten())
         self.tau.fill_(1.0 if self.whole else 0.0)
-        if self.bias is not None:
-            self.bias.copy_(bias if bias is not None else torch.zeros_like(self.bias))
 
     def _cut(self, weight: Tensor) -> Tensor:
         """The cells [m, cell] of a kernel, with zeros where they overhang it."""
