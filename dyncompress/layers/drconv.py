@@ -242,7 +242,8 @@ def _patches(x: Tensor, spec: ConvSpec) -> Tensor:
     x = F.pad(x.unsqueeze(0), [side for pair in reversed(spec.pads) for side in pair], mode=mode).squeeze(0)
     for dim, (k, d, s) in enumerate(zip(spec.kernel_size, spec.dilation, spec.stride, strict=True), start=1):
         x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
-    windows = x.unflatten(0, (spec.groups, -1)).movedim(1, 1 + spec.ndim)  # [groups, *size', in / groups, *kernel]
+    # [groups, *size', in / groups, *kernel]
+    windows: Tensor = x.unflatten(0, (spec.groups, -1)).movedim(1, 1 + spec.ndim)
     return windows.reshape(spec.groups, -1, math.prod(spec.weight_shape[1:]))
 
 
