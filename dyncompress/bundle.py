@@ -88,7 +88,7 @@ def load(path: str | Path, net: nn.Module) -> nn.Module:
                 f"'{path}' does not fit {type(net).__name__}: '{name}' is {tuple(value.shape)} by its plan, and"
                 f" {shape} in the file; it was put together from several, take another copy"
             )
-    student.load_state_dict({k: v for k, v in own.items() if k in expected}, strict=False)
+    student.load_state_dict(own, strict=False)  # of a layer that is held back there is more than of a new one
     return student
 
 

@@ -49,7 +49,7 @@ from dyncompress.plan import Plan
 from dyncompress.planning import asked_method, check_shares, make_plan
 from dyncompress.presets import find_preset
 from dyncompress.restoring import careful_loading, follow, plans_of
-from dyncompress.schedules import anneal, progress
+from dyncompress.schedules import anneal, check_warmup, hold, progress
 from dyncompress.student import Student
 from dyncompress.teachers import Given, known_teacher, listed, load_teacher
 from dyncompress.teaching import TaughtStep
@@ -86,6 +86,8 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         static: Layers to narrow and leave static; see `make_plan`.
         floors: What layers keep of their width at least; see `make_plan`.
         recalibrate: Training batches to estimate BatchNorm statistics on before training starts; 0 for none.
+        warmup: Part of the training, 0.2 say, in which layers become dynamic: each starts static, and what its
+            coefficients make of the input is scaled by a share that rises from 0 to 1; see `schedules.hold`.
         save_teacher: Put the teacher's weights into the checkpoints, so that a resumed run finds it there.
         seed: Of what tells the kernels of a dynamic layer apart.
 
@@ -116,6 +118,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         static: Sequence[str] = (),
         floors: Mapping[str, int | float] | None = None,
         recalibrate: int = 8,
+        warmup: float = 0.0,
         save_teacher: bool = False,
         seed: int = 0,
     ) -> None:
@@ -139,7 +142,9 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             raise DistillationError(
                 f"distill {shown(distill)} does not say how; give True, False, or DistillConfig(temperature=4.0)"
             )
+        check_warmup(warmup)
         listed(teacher)
+        self.warmup = warmup
         self.target, self.method, self.preset, self.options, self.plan = target, chosen.name, preset, options, plan
         self.shape: dict[str, Any] = {
             "allocation": allocation, "importance": importance, "ignore": ignore, "static": static, "floors": floors
@@ -235,7 +240,9 @@ class DynCompress(*_BASES):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Tell the layers how much of the training is over, for those that have a schedule."""
         assert self._student is not None
-        anneal(self._student.inner, progress(trainer))
+        if self.warmup and self._student.original is not None and trainer.global_step == 0:
+            hold(self._student.inner)  # what gave it a better start may have let go
+        anneal(self._student.inner, progress(trainer), self.warmup)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -301,6 +308,8 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             plan = from_rank_zero(trainer, lambda: self._decide(trainer, module, network))
             teacher = load_teacher(self.teacher, student, trainer) if self.distill else None
             student.convert(plan, self.seed)
+            if self.warmup:
+                hold(student.inner)
             self._student, self._teacher = student, teacher
         elif self._student is None or self._student.inner is not bare(network):
             self._take_over(Student(path, network))

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from dyncompress.conversion import TAG, plan_of
 from dyncompress.errors import PlanError
 from dyncompress.layers import DynamicConv, TokenConv
+from dyncompress.layers.router import RouterLinear
 
 
 def fold(student: nn.Module) -> nn.Module:
@@ -46,6 +47,9 @@ def fold(student: nn.Module) -> nn.Module:
             continue
         parent, _, child = op.norm.rpartition(".")
         setattr(folded.get_submodule(parent), child, rest)
+    for module in folded.modules():
+        if isinstance(module, RouterLinear):
+            module.settle()
     for members in plan.costs.sets:
         paths = [_path(folded, op.module) for op in members]
         layers = [folded.get_submodule(path) for path in paths]

@@ -60,6 +60,7 @@ class Recipe:
         ignore: Layers to leave alone, by name glob or type.
         static: Layers to narrow and leave static, likewise.
         floors: Layers and the output channels that each keeps at least, a number (24) or a share (0.5).
+        warmup: Part of the fine-tuning in which layers become dynamic, 0.2 say; 0 for at once.
         distill: How the student learns from the original.
         baseline: The network to compress.
         epochs: Epochs of fine-tuning, for the student and the control alike.
@@ -86,6 +87,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
     floors: dict[str, int | float] = field(default_factory=dict)
+    warmup: float = 0.0
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: Baseline = field(default_factory=Baseline)
     epochs: int = 5

@@ -18,13 +18,55 @@ LIMIT = 1e18  # of a feature: two linear layers of any sensible width and weight
 
 
 class RouterLinear(nn.Linear):
-    """A linear layer that computes in fp32 at least, whatever its parameters' dtype and autocast say."""
+    """A linear layer that computes in fp32 at least, whatever its parameters' dtype and autocast say.
+
+    Where training holds dynamics back, ``share`` is a number from 0 to 1, and the layer W (share * h) + b: at 0 its
+    output does not depend on the input. It is a buffer, so that a checkpoint computes what was trained; a layer that is
+    not held back has none.
+    """
+
+    share: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("share", None)
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [B, in] -> [B, out]."""
         with full_precision(input):
+            if self.share is not None:
+                input = input * self.share.to(input.dtype)
             bias = None if self.bias is None else self.bias.to(input.dtype)
             return F.linear(input, self.weight.to(input.dtype), bias)
+
+    def hold(self) -> None:
+        """Depend on the input not at all, until `release`."""
+        if self.share is None:  # a buffer that is there already may be known to others
+            self.share = self.weight.new_zeros((), dtype=torch.float32)
+        self.share.zero_()
+
+    def release(self, share: float) -> None:
+        """Depend on the input so much, if it is held back; never less than before."""
+        if self.share is not None:
+            self.share.clamp_(min=share)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The same function without a share: it becomes part of the weight."""
+        if self.share is not None:
+            self.weight.mul_(self.share)
+            self.share = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint says whether the layer was held back; one that says nothing is of one that was not.
+        found = state_dict.get(f"{prefix}share")
+        if found is None:
+            if self.share is not None and f"{prefix}weight" in state_dict:
+                self.share.fill_(1.0)
+                state_dict = {**state_dict, f"{prefix}share": self.share}
+        elif self.share is None:
+            self.share = torch.ones_like(found, device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Squeeze(nn.Module):
