@@ -115,7 +115,7 @@ def test_a_recipe_knows_what_its_network_s_module_registers(
     gated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(method._METHODS, "gated")
-    monkeypatch.delitem(sys.modules, MODULE)
+    sys.modules.pop(MODULE)
     (tmp_path / "net_of_mine.py").write_text(f"from {MODULE} import Gated\n\nclass Net: ...\n", "utf-8")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: {class_path: net_of_mine.Net}\ndata: {class_path: x.Y}\ntarget: 50%\n", "utf-8")

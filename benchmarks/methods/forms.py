@@ -40,17 +40,17 @@ FORMS = {
     form.title: form
     for form in (
         Form("static", "static", choose="where reports find no gain in a bank"),
-        Form("c2sp", "c2sp", choose="where 3x3 convolutions are all the cost, and none of it may be dynamic"),
+        Form("c2sp", "c2sp", choose="where 3x3 convolutions are the cost and nothing is to be dynamic"),
         Form("c2sp g=4", "c2sp", {"g": 4}, "as above, with a bank at 4/9 of the price"),
         Form("condconv", "condconv", choose="for the smallest router"),
         Form("dyconv", "dyconv", choose="for coefficients that sum to one, learnt while a temperature falls"),
-        Form("dynet", "dynet", choose="by default: most freedom for its MACs, least time of the banks"),
+        Form("dynet", "dynet", choose="by default: every output channel adapts on its own, without a schedule"),
         Form("dcd", "dcd", choose="where parameters are scarce"),
-        Form("odconv", "odconv", choose="where parameters are scarce and time is not"),
-        Form("odconv 4x", "odconv", {"kernels": 4}, "for accuracy, where neither parameters nor time are scarce"),
+        Form("odconv", "odconv", choose="where parameters are scarce"),
+        Form("odconv 4x", "odconv", {"kernels": 4}, "as above with a bank: most that can adapt"),
         Form("odconv, no taps", "odconv", {"spatial": False}, "for attention to channels that assembles no kernel"),
         Form("kernelwarehouse", "kernelwarehouse", choose="for many layers of one shape, at the parameters of static"),
         Form("kernelwarehouse 1/2", "kernelwarehouse", {"ratio": 0.5}, "for fewer parameters than static"),
-        Form("drconv", "drconv", choose="where the picture's regions differ: segmentation, detection, faces"),
+        Form("drconv", "drconv", choose="where regions of a picture differ and time is no matter"),
     )
 }
