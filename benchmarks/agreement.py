@@ -33,43 +33,53 @@ TOLERANCE = 1e-5
 Case = tuple[str, nn.Module, Tensor, Tensor]
 """A name, our layer with their weights, an input, and what theirs returns."""
 
-KERNELWAREHOUSE = {"whole": (1.0, 1.0, 1.0), "half": (0.5, 0.5, 0.5), "double": (2.0, 1.0, 1.0)}
-"""Ratios of the number of cells and of their output and input channels; tau of each, in order: 0.3, 0, 1."""
+_WAREHOUSES = {
+    "whole": (1, 1, 1),
+    "half": (0.5, 0.5, 1),
+    "double": (2, 1, 1),
+    "linear": (1, 1, 1),
+    "basis": (0.5, 0.5, 0.5),
+}
+"""Cells over those of the kernels, their width over the common divisor, and the basis of logits over other cells."""
+_LAYERS = {
+    "half": [(4, 4, (2, 2), 1, (1, 0), "conv2d"), (4, 8, 1, 2, 0, "conv2d")],
+    "linear": [(4, 8, 1, 1, 0, "linear"), (8, 4, 1, 1, 0, "linear")],
+}
+_CONVS = [(4, 4, (2, 2), 1, (1, 0), "conv2d"), (4, 8, (1, 3), 2, (0, 1), "conv2d"), (8, 4, 1, 1, 0, "conv2d")]
 
 
 def kernelwarehouse(clone: Path) -> dict[str, Tensor]:
-    """Two or three layers with a warehouse (3x3, strided, 1x1), by the authors' code (seen at a4ac17d)."""
+    """Two or three layers with a warehouse each time, by the authors' code (seen at a4ac17d); tau 0.3, 0, 1, 0.3."""
     module = load(clone / "modules/kernel_warehouse.py")
     torch.manual_seed(0)
-    found: dict[str, Tensor] = {"x": torch.randn(2, 8, 5, 5)}
-    for (name, (number, cell_out, cell_in)), tau in zip(KERNELWAREHOUSE.items(), (0.3, 0.0, 1.0), strict=True):
+    found: dict[str, Tensor] = {"x": torch.randn(2, 4, 5, 5)}
+    for (name, (number, width, basis)), tau in zip(_WAREHOUSES.items(), (0.3, 0.0, 1.0, 0.3, 0.0), strict=True):
         manager = module.Warehouse_Manager(
-            cell_num_ratio=number, cell_outplane_ratio=cell_out, cell_inplane_ratio=cell_in, norm_layer=nn.LayerNorm
-        )
-        shapes = (
-            [(8, 8, 3, 1, 1), (8, 16, 1, 2, 0)]
-            if name == "half"
-            else [(8, 8, 3, 1, 1), (8, 16, 3, 2, 1), (16, 8, 1, 1, 0)]
-        )
-        net = nn.Sequential(*(manager.reserve(i, o, k, s, p, bias=False) for i, o, k, s, p in shapes))
+            cell_num_ratio=number, cell_outplane_ratio=width, cell_inplane_ratio=width, norm_layer=nn.LayerNorm,
+            nonlocal_basis_ratio=basis,
+        )  # fmt: skip
+        shapes = _LAYERS.get("half" if name == "basis" else name, _CONVS)
+        layers = [manager.reserve(i, o, k, s, p, bias=False, layer_type=kind) for i, o, k, s, p, kind in shapes]
+        net = nn.Sequential(*layers)
         manager.store()
         manager.allocate(net)
         for p in (*net.parameters(), *manager.parameters()):
             nn.init.normal_(p, std=0.5)
+        x = found["x"].flatten(2).mT if name == "linear" else found["x"]
         first, cells = 0, manager.weights[0].detach().flatten(3)[..., 0]
-        x = found["x"]
         for index, layer in enumerate(net):
-            attention = layer.attention
+            attention = getattr(layer, "conv", layer).attention
             attention.update_temperature(tau)
-            own = attention.num_local_cell
             beta = attention.temp_bias.reshape(-1, attention.kw_planes_per_mixture)
-            owned = int(beta[:, :-1].sum()) if number < 1 else own
+            owned = int(beta[:, :-1].sum()) if number < 1 else attention.num_local_cell
             parts = {"cells": cells[first : first + owned], "beta": beta, "tau": torch.tensor(tau)}
+            if basis < 1:
+                parts |= {"offset": attention.basis_bias, "basis.weight": attention.fc3.weight}
             for ours, theirs in (("reduce", "fc1"), ("norm", "norm1"), ("router", "fc2")):
                 parts |= {f"{ours}.{key}": value for key, value in getattr(attention, theirs).state_dict().items()}
             x = layer(x)
             found |= {f"{name}.{index}.{key}": value.detach().clone() for key, value in parts.items()}
-            found[f"{name}.{index}.y"] = x.detach().clone()
+            found[f"{name}.{index}.y"] = x.detach().clone().contiguous()
             first += owned
     return found
 

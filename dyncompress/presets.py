@@ -18,6 +18,7 @@ from dyncompress.graph import ConvGraph, Operation
 from dyncompress.layers import ConvSite, ConvSpec, Method, Static, configured
 from dyncompress.roles import Inverted, inverted, roles, writes
 from dyncompress.sharing import share_of
+from dyncompress.warehouses import warehouses, warehouses_apart, warehouses_behind
 
 __all__ = ["Preset", "Published", "find_preset", "list_presets"]
 
@@ -51,6 +52,8 @@ class Preset:
         vary: Options of one layer by its shape, and by that of the depthwise convolution beside it (its own, where
             there is none), where they differ from layer to layer.
         keep: Channels of width groups that are narrowed; the others keep theirs.
+        shares: Names of what layers share by their modules, instead of what their method shares by default; other
+            layers stay static.
         published: What the paper says that it costs.
     """
 
@@ -62,6 +65,7 @@ class Preset:
     dynamic: frozenset[str]
     vary: Callable[[ConvSpec, ConvSpec], Mapping[str, Any]] | None = None
     keep: Callable[[ConvGraph], Mapping[int, int]] | None = None
+    shares: Callable[[ConvGraph], Mapping[str, str]] | None = None
     published: tuple[Published, ...] = field(default=(), compare=False)
 
     def configured(self, method: object, options: Mapping[str, Any] | None) -> Method:
@@ -102,10 +106,12 @@ class Preset:
                 f" choose a preset for it with dyncompress.presets.list_presets(), or method={self.method!r}"
             )
         chains = {op.module: chain for chain in inverted(graph) for op in chain.members}
+        shared = self.shares(graph) if self.shares is not None else None
         made = []
         for op in graph.convs:
             assert op.spec is not None
-            if op.module in fixed or role[op.module] not in self.dynamic:
+            left = role[op.module] not in self.dynamic or (shared is not None and op.module not in shared)
+            if op.module in fixed or left:
                 reason = fixed.get(op.module, f"static: {role[op.module]}, which {self.name} leaves as it is")
                 made.append(Choice(op.module, Static(), reason=reason))
                 continue
@@ -116,7 +122,8 @@ class Preset:
                     self.method, {**_options(method), **self.vary(op.spec, beside or op.spec), **options}
                 )
             placed, reason = varied.place(ConvSite(op.module, op.spec, op.positions))
-            made.append(Choice(op.module, placed, _share(op, placed, chain), reason))
+            share = _share(op, placed, chain) if shared is None or isinstance(placed, Static) else shared[op.module]
+            made.append(Choice(op.module, placed, share, reason))
         return made
 
     def widths(self, graph: ConvGraph, floors: Sequence[int]) -> list[int]:
@@ -175,6 +182,10 @@ FORMS: dict[str, tuple[str, Callable[[ConvGraph, Roles], bool]]] = {
     "gated": (
         "a MobileNetV3 (inverted bottlenecks, some with squeeze and excitation)",
         lambda graph, role: True in _expands(graph) and "gate" in role.values(),
+    ),
+    "linear": (
+        "a ConvNeXt (depthwise convolutions and linear layers)",
+        lambda graph, role: {"block", "linear"} <= set(role.values()) and not inverted(graph),
     ),
     "shuffle": (
         "a ShuffleNetV2 (branches of 1x1, depthwise and 1x1 convolutions, as wide inside as behind)",
@@ -239,11 +250,18 @@ def _dcd_basic(spec: ConvSpec, _: ConvSpec) -> dict[str, Any]:
     return {"latent": math.isqrt(4 * spec.in_channels), "pool": 2}
 
 
+def _halved_warehouses(spec: ConvSpec, _: ConvSpec) -> dict[str, Any]:
+    """KernelWarehouse's MobileNetV2 at 1/2: the last stage and the classifier have half as many cells, no other."""
+    if spec.is_depthwise or max(spec.kernel_size) > 1:
+        return {"ratio": 1}
+    return {"cell": 1, "cell_in": 0.025} if spec.ndim == 1 else {}
+
+
 # ---- the presets -------------------------------------------------------------------------------------------------
 
 _RESIDUAL = frozenset({"block", "shortcut"})
 _CHAIN = frozenset({"expand", "depthwise", "project"})
-_EVERYWHERE = _RESIDUAL | _CHAIN | {"last", "other"}
+_EVERYWHERE = _RESIDUAL | _CHAIN | {"separable", "last", "other"}
 _ALL = {"placement": "all"}
 
 
@@ -273,12 +291,22 @@ def _dyconv(network: str, form: str, *rows: tuple[str, float | None, float | Non
     )  # fmt: skip
 
 
+def _warehouse(ratio: float, network: str, form: str, *rows: tuple[str, float, None], **how: Any) -> Preset:
+    """KernelWarehouse with the warehouses of its authors' networks."""
+    options = {"ratio": ratio, **how.pop("options", {}), **_ALL}
+    return Preset(
+        f"kernelwarehouse-{network.lower().replace('-', '')}-{ratio:g}x", f"KernelWarehouse ({ratio:g}x) in {network}",
+        form, "kernelwarehouse", options, how.pop("dynamic", _EVERYWHERE | {"stem", "linear"}),
+        published=_published(*rows), **{"shares": warehouses, **how},
+    )  # fmt: skip
+
+
 _PRESETS = (
     _dynet("dy-resnet18", "Dy-ResNet18, half the channels", "basic", _RESIDUAL, "ResNet-18", 550,
            keep=_halved, options={"reduction": 4}),
     _dynet("dy-resnet50", "Dy-ResNet50, half the channels", "bottleneck", _RESIDUAL, "ResNet-50", 1075,
            keep=_halved, options={"reduction": 4}),
-    _dynet("dy-mobile", "Dy-mobile, MobileNetV2 without expansion", "mobile", _CHAIN, "MobileNetV2", 129,
+    _dynet("dy-mobile", "Dy-mobile, MobileNetV2 without expansion", "mobile", _CHAIN | {"separable"}, "MobileNetV2", 129,
            keep=_unexpanded, options={"reduction": 0, "group_width": 6}),
     _dynet("dy-shuffle", "Dy-shuffle, ShuffleNetV2 with narrow branches", "shuffle", _CHAIN, "ShuffleNetV2", 88,
            keep=_quarter, vary=_split, options={"reduction": 0, "group_width": 4}),
@@ -302,6 +330,21 @@ _PRESETS = (
     Preset("dcd-resnet50", "DCD in ResNet50", "bottleneck", "dcd", _ALL, frozenset({"block"})),
     Preset("dcd-mobilenetv2", "DCD in MobileNetV2", "mobile", "dcd", _ALL, frozenset({"expand", "project"}),
            _dcd_inverted),
+    _warehouse(0.25, "ResNet18", "basic", ("ResNet-18", 4.08, None)),
+    _warehouse(0.5, "ResNet18", "basic", ("ResNet-18", 7.43, None)),
+    _warehouse(1, "ResNet18", "basic", ("ResNet-18", 11.93, None)),
+    _warehouse(2, "ResNet18", "basic", ("ResNet-18", 23.24, None)),
+    _warehouse(4, "ResNet18", "basic", ("ResNet-18", 45.86, None)),
+    _warehouse(0.5, "ResNet50", "bottleneck", ("ResNet-50", 17.64, None), options={"basis": 1 / 16}),
+    _warehouse(1, "ResNet50", "bottleneck", ("ResNet-50", 28.05, None)),
+    _warehouse(4, "ResNet50", "bottleneck", ("ResNet-50", 102.02, None)),
+    _warehouse(0.5, "MobileNetV2", "mobile", ("MobileNetV2", 2.65, None), ("MobileNetV2 0.5", 1.47, None),
+               options={"reduction": 1 / 32}, vary=_halved_warehouses, shares=warehouses_behind,
+               dynamic=_EVERYWHERE | {"stem", "classifier"}),
+    _warehouse(1, "MobileNetV2", "mobile", ("MobileNetV2", 5.17, None), ("MobileNetV2 0.5", 2.85, None)),
+    _warehouse(4, "MobileNetV2", "mobile", ("MobileNetV2", 11.38, None), ("MobileNetV2 0.5", 4.65, None),
+               shares=warehouses_apart),
+    _warehouse(1, "ConvNeXt-T", "linear", ("ConvNeXt-T", 39.37, None)),
 )  # fmt: skip
 
 

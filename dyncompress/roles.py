@@ -33,7 +33,8 @@ def roles(graph: ConvGraph) -> dict[str, str]:
     """The role of every layer that a method can replace, by the name of its module.
 
     * ``stem``: the first convolution.
-    * ``depthwise``; ``expand`` and ``project``: the pointwise ones before and after it.
+    * ``expand``, ``depthwise``, ``project``: of an inverted bottleneck, in this order.
+    * ``separable``: a depthwise convolution without one that expands, and the pointwise one after it.
     * ``shortcut``: the pointwise one beside a residual block; ``block``: any other one inside.
     * ``gate``: runs on one position, as in squeeze and excitation.
     * ``last``: the pointwise one that runs last.
@@ -46,7 +47,7 @@ def roles(graph: ConvGraph) -> dict[str, str]:
         >>> from dyncompress.tracing import trace
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 1))
         >>> roles(trace(net, torch.zeros(1, 3, 8, 8)))
-        {'0': 'stem', '1': 'depthwise', '2': 'project'}
+        {'0': 'stem', '1': 'separable', '2': 'separable'}
     """
     found = {op.module: "linear" for op in graph.convs if op.kind == "linear"}
     if found and graph.convs[-1].module in found:
@@ -55,7 +56,8 @@ def roles(graph: ConvGraph) -> dict[str, str]:
     found |= {op.module: "gate" for op in convs if op.positions == 1}
     found[graph.anchor] = "stem"
     for chain in inverted(graph):
-        for op, role in zip(chain.members[::-1], ("project", "depthwise", "expand"), strict=False):
+        named = ("expand", "depthwise", "project") if chain.expand is not None else ("separable", "separable")
+        for op, role in zip(chain.members, named, strict=True):
             found.setdefault(op.module, role)
     for block in dict.fromkeys(op.block for op in convs if op.block):
         inside = [op for op in convs if op.block == block]

@@ -12,17 +12,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dyncompress.errors import DynCompressError
-from dyncompress.layers import ConvSite, ConvSpec, KernelWarehouse, Macs, Static
+from dyncompress.layers import ConvSite, ConvSpec, KernelWarehouse, Macs, Static, TokenConv
 from dyncompress.layers.partition import stored
 from dyncompress.layers.warehouse import WarehouseConv
 
 DATA = Path(__file__).parent / "data/kernelwarehouse.safetensors"
 SPECS = [
-    ConvSpec(8, 8, (3, 3), padding=(1, 1), bias=False),
-    ConvSpec(8, 16, (3, 3), stride=(2, 2), padding=(1, 1), bias=False),
-    ConvSpec(16, 8, (1, 1), bias=False),
+    ConvSpec(4, 4, (2, 2), padding=(1, 0), bias=False),
+    ConvSpec(4, 8, (1, 3), stride=(2, 2), padding=(0, 1), bias=False),
+    ConvSpec(8, 4, (1, 1), bias=False),
 ]
-HALF = [SPECS[0], ConvSpec(8, 16, (1, 1), stride=(2, 2), bias=False)]
+HALF = [SPECS[0], ConvSpec(4, 8, (1, 1), stride=(2, 2), bias=False)]
+LINEAR = [ConvSpec(4, 8, (1,), bias=False), ConvSpec(8, 4, (1,), bias=False)]
 
 
 def build(*specs: ConvSpec, **options: Any) -> list[WarehouseConv]:
@@ -52,29 +53,36 @@ def test_one_cell_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("whole", {"ratio": 1}), ("half", {"ratio": 0.5}), ("double", {"ratio": 2})],
+    ("name", "specs", "options"),
+    [
+        ("whole", SPECS, {"ratio": 1}),
+        ("half", HALF, {"ratio": 0.5}),
+        ("double", SPECS, {"ratio": 2}),
+        ("linear", LINEAR, {"ratio": 1}),
+        ("basis", HALF, {"ratio": 0.5, "basis": 0.5}),
+    ],
 )
-def test_the_authors_code_computes_the_same(name: str, options: dict[str, Any]) -> None:
+def test_the_authors_code_computes_the_same(name: str, specs: list[ConvSpec], options: dict[str, Any]) -> None:
     """Random weights in their code and ours: `python -m benchmarks.agreement kernelwarehouse` wrote the file."""
     stored = load_file(DATA)
-    layers = build(*(SPECS if name != "half" else HALF), **options)
+    layers = build(*specs, **options)
+    x = stored["x"].flatten(2).mT if name == "linear" else stored["x"]
     for index, layer in enumerate(layers):
         prefix = f"{name}.{index}."
         state = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
-        assert torch.equal(layer.beta, state["beta"])
         del state["y"]
+        assert torch.equal(layer.beta, state["beta"])
         layer.load_state_dict(state)
-    x = stored["x"]
     for index, layer in enumerate(layers):
-        x = layer(x)
-        torch.testing.assert_close(x, stored[f"{name}.{index}.y"], rtol=1e-5, atol=1e-5)
+        expected = stored[f"{name}.{index}.y"]
+        x = (TokenConv(layer) if name == "linear" else layer)(x)
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_learns_from_the_cells_of_another() -> None:
     first, second = build(*SPECS[:2])
     first.anneal(1.0)
-    first(torch.randn(2, 8, 5, 5)).sum().backward()
+    first(torch.randn(2, 4, 5, 5)).sum().backward()
     assert second.cells.grad is not None and second.cells.grad.any()
 
 
@@ -134,7 +142,7 @@ def test_widths_without_a_common_divisor_get_cells_that_overhang() -> None:
 
 def test_stays_at_the_static_network_while_tau_falls() -> None:
     layers, convs = build(*SPECS, ratio=2), statics(*SPECS)
-    x = torch.randn(2, 8, 6, 6)
+    x = torch.randn(2, 4, 6, 6)
     for layer, conv in zip(layers, convs, strict=True):
         layer.load_static(conv.weight, None)
         for progress, error in ((0.0, 1e-6), (1 / 30, 1e-3), (1.0, 1.01e-3)):
@@ -150,11 +158,11 @@ def test_below_one_it_starts_at_the_best_rank(ratio: float) -> None:
     (conv,), (layer,) = statics(SPECS[0]), build(SPECS[0], ratio=ratio, cell=0.5)
     weight = conv.weight.detach()
     layer.load_static(weight, None)
-    kernel = layer.assemble(layer.coefficients(torch.randn(1, 8, 4, 4)))[0]
-    # 36 cells of 4 x 4 in space-major order
-    pieces = weight.reshape(2, 4, 2, 4, 9).permute(4, 0, 2, 1, 3).reshape(36, 16)
+    kernel = layer.assemble(layer.coefficients(torch.randn(1, 4, 4, 4)))[0]
+    # 16 cells of 2 x 2 in space-major order
+    pieces = weight.reshape(2, 2, 2, 2, 4).permute(4, 0, 2, 1, 3).reshape(16, 4)
     left_out = torch.linalg.svdvals(pieces)[len(layer.cells) :]
-    assert len(layer.cells) == 36 * ratio
+    assert len(layer.cells) == 16 * ratio
     assert (kernel - weight).square().sum().item() == pytest.approx(left_out.square().sum().item(), rel=1e-3, abs=1e-6)
 
 
@@ -170,7 +178,7 @@ def test_tau_falls_linearly_and_never_rises() -> None:
 
 def test_while_tau_is_one_the_input_does_not_matter() -> None:
     (layer,) = build(SPECS[0])
-    a, b = layer.coefficients(torch.randn(2, 8, 4, 4))
+    a, b = layer.coefficients(torch.randn(2, 4, 4, 4))
     assert torch.equal(a, b) and torch.equal(a, layer.beta[:, :-1])
 
 
@@ -186,16 +194,38 @@ def test_a_copy_has_a_warehouse_of_its_own() -> None:
 
 def test_macs_by_hand() -> None:
     sites = [ConvSite("a", SPECS[0], 25), ConvSite("c", SPECS[2], 25)]
-    # Cells of 8x8: 9 in the 3x3 kernel, 1 x 2 in the 1x1 of 16 inputs; 11 in all, 12 coefficients per cell.
+    # Cells of 4x4: 4 in the 2x2 kernel, 1 x 2 in the 1x1 of 8 inputs; 6 in all, 7 coefficients per cell.
     assert KernelWarehouse().macs(sites) == [
-        Macs(conv=576 * 25, kernels=9 * 11 * 64, router=8 * 16 + 16 * 9 * 12),
-        Macs(conv=128 * 25, kernels=2 * 11 * 64, router=16 * 16 + 16 * 2 * 12),
+        Macs(conv=64 * 25, kernels=4 * 6 * 16, router=4 * 16 + 16 * 4 * 7),
+        Macs(conv=32 * 25, kernels=2 * 6 * 16, router=8 * 16 + 16 * 2 * 7),
     ]
+    # With a basis of 16: 4 and 2 coefficients of their own, 16 of the basis and that of zeros; 2 and 4 of others.
+    assert [macs.router for macs in KernelWarehouse(basis=0.5).macs(sites)] == [
+        4 * 16 + 4 * (16 * (4 + 16 + 1) + 16 * 2), 8 * 16 + 2 * (16 * (2 + 16 + 1) + 16 * 4)
+    ]  # fmt: skip
+
+
+def test_a_batchnorm_and_the_warehouse_are_part_of_what_is_shipped() -> None:
+    layers = build(*SPECS)
+    for parameter in nn.Sequential(*layers).parameters():
+        nn.init.normal_(parameter, std=0.3)
+    scale, shift, x = torch.randn(4), torch.randn(4), torch.randn(3, 4, 5, 5)
+    y = layers[0](x)
+    assert layers[0].absorb(scale, shift)
+    expected = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    torch.testing.assert_close(layers[0](x), expected)
+    shipped = WarehouseConv.shipped(layers)
+    torch.testing.assert_close(shipped[0](x), expected)
+    assert shipped[0].cells is shipped[2].cells and layers[0].cells is not layers[2].cells
 
 
 def test_depthwise_stays_static() -> None:
     placed, reason = KernelWarehouse().place(ConvSite("c", ConvSpec(8, 8, (3, 3), groups=8), 25))
     assert placed == Static() and "depthwise, 72 weights" in reason
+    classifier = ConvSite("fc", ConvSpec(8, 10, (1,)), 1)
+    assert KernelWarehouse().place(classifier)[0] == Static()
+    everywhere = KernelWarehouse(placement="all")
+    assert everywhere.place(classifier) == (everywhere, "")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +234,10 @@ def test_depthwise_stays_static() -> None:
         ({"ratio": 0.3}, "ratio 0.3 gives layers no whole numbers of cells: give 1 to 8, or 1/2 to 1/8"),
         ({"ratio": "1"}, "ratio '1'"),
         ({"cell": 0}, "cell 0 is no width of a cell"),
+        ({"cell_in": 2}, "cell_in 2 is no width of a cell"),
+        ({"basis": 0}, "basis 0 is no part between 0 and 1: give one of the cells of other layers"),
+        ({"reduction": True}, "reduction True is no part between 0 and 1"),
+        ({"placement": "some"}, "placement 'some' is unknown"),
         ({"warmup": -1}, "warmup -1 is no part of the training"),
     ],
 )
