@@ -99,7 +99,7 @@ class Request:
     def command(self, form: Form) -> list[str]:
         """The command line of a form's run."""
         return [
-            *(sys.executable, "-m", "dyncompress", "run", str(self.recipe)),
+            *(sys.executable, "-m", "benchmarks.remembered", str(self.out / "answers"), "run", str(self.recipe)),
             *("--method", form.method, "--options", json.dumps(dict(form.options)), "--target", self.target),
             *("--epochs", str(self.epochs), "--seeds", json.dumps(self.seeds), "--threads", "1"),
             *("--control", "false", "--wandb", "null", "--data.root", str(self.data)),
