@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from dyncompress.budget import Budget, Target, readable
 from dyncompress.checkpoint import read_plan
+from dyncompress.compensation import WarmStart
 from dyncompress.conversion import plan_of, recalibrate, resolve
 from dyncompress.distillation import DistillConfig, Teacher, fingerprint
 from dyncompress.errors import DistillationError, DynCompressError, PlanError, TraceError, shown
@@ -38,6 +38,7 @@ from dyncompress.host import (
     check_optimizers,
     find_network,
     from_rank_zero,
+    is_split,
     overrides,
     refuse_copies,
     refuse_spawned,
@@ -85,7 +86,10 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         ignore: Layers to leave alone; see `make_plan`.
         static: Layers to narrow and leave static; see `make_plan`.
         floors: What layers keep of their width at least; see `make_plan`.
-        recalibrate: Training batches to estimate BatchNorm statistics on before training starts; 0 for none.
+        warm_start: What the student is before it is trained: ``"ridge"``: its layers are fitted to the original's,
+            ``"plain"``: it has the weights of the kept channels; or a `WarmStart`.
+        recalibrate: Training batches that the warm start and BatchNorm statistics are estimated on before training
+            starts; 0 for none, so that weights and statistics are those of the kept channels.
         warmup: Part of the training, 0.2 say, in which layers become dynamic: each starts static, and what its
             coefficients make of the input is scaled by a share that rises from 0 to 1; see `schedules.hold`.
         save_teacher: Put the teacher's weights into the checkpoints, so that a resumed run finds it there.
@@ -117,6 +121,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         ignore: Sequence[str] = (),
         static: Sequence[str] = (),
         floors: Mapping[str, int | float] | None = None,
+        warm_start: str | WarmStart = "ridge",
         recalibrate: int = 8,
         warmup: float = 0.0,
         save_teacher: bool = False,
@@ -149,7 +154,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         self.shape: dict[str, Any] = {
             "allocation": allocation, "importance": importance, "ignore": ignore, "static": static, "floors": floors
         }  # fmt: skip
-        self.seed = seed
+        self.seed, self.warm_start = seed, WarmStart.of(warm_start)
         self.distill = (DistillConfig() if distill else None) if isinstance(distill, bool) else distill
         self.teacher, self.save_teacher = teacher, save_teacher
         self.module, self.example, self.recalibrate = module, example, recalibrate
@@ -224,17 +229,17 @@ class DynCompress(*_BASES):  # type: ignore[misc]
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Compare the teacher with the checkpoint's; recalibrate BatchNorm where nothing was trained yet."""
+        """Compare the teacher with the checkpoint's; where nothing was trained yet, see to a good start."""
         assert self._student is not None
         self._check_teacher(trainer)
-        untrained = self._student.original is not None and trainer.global_step == 0
-        if untrained and self.recalibrate and any(isinstance(m, _BatchNorm) for m in self._student.inner.modules()):
+        if self._student.original is not None and trainer.global_step == 0 and self.recalibrate:
             try:
                 inputs = training_inputs(trainer, pl_module, self._student.network, self.recalibrate)
             except TraceError as error:
-                trainer.print(f"DynCompress: BatchNorm starts with the original's statistics; {error}")
+                trainer.print(f"DynCompress: the student starts with the original's weights and statistics; {error}")
             else:
-                recalibrate(self._student.inner, inputs)
+                if inputs:
+                    self._start(trainer, inputs)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -330,6 +335,20 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             how: dict[str, Any] = {"method": self.method} if self.preset is None else {"preset": self.preset}
             plan = make_plan(inner, example, self.target, options=self.options, **how, **self.shape)
         return resolve(inner, plan)
+
+    def _start(self, trainer: Any, inputs: list[Any]) -> None:
+        """Give the untrained student its warm start, the same on every rank."""
+        student = self._student
+        assert student is not None and student.original is not None
+        if self.warm_start.fit == "plain" or is_split(trainer, student.inner):
+            if self.warm_start.fit != "plain":
+                trainer.print("DynCompress: weights are split over processes, so that the warm start is 'plain'")
+            recalibrate(student.inner, inputs)
+            return
+        inputs = placed(inputs, student.original.to(next(student.inner.parameters()).device))
+        student.inner.load_state_dict(
+            from_rank_zero(trainer, lambda: student.started(inputs, self.warm_start, self.seed))
+        )
 
     def _take_over(self, student: Student) -> None:
         """Go on with a network that somebody else converted."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyncompress.compensation import Fit, WarmStart, compensate, evaluating
 from dyncompress.cost import fits
 from dyncompress.errors import CheckpointError, DynCompressError, PlanError
 from dyncompress.graph import as_call, bare, duplicate, misfit, parameter_shapes
@@ -57,7 +58,14 @@ def _same(text: bytes, own: str) -> bool:
         raise CheckpointError(f"the plan in the state dict is damaged: {error}") from None
 
 
-def convert(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
+def convert(
+    net: nn.Module,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    calibrate: Iterable[Any] | None = None,
+    warm_start: str | WarmStart = "ridge",
+) -> nn.Module:
     """A student: the network with the plan carried out. The network itself stays as it is.
 
     The student computes exactly what the narrowed static network computes, until it is trained.
@@ -65,33 +73,49 @@ def convert(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
     Args:
         net: The network that the plan was made for.
         plan: The decision.
-        seed: Of the noise that tells the kernels of a bank apart.
+        seed: Of the noise that tells the kernels of a bank apart, and of what is sampled of the batches.
+        calibrate: A few inputs, each as `trace` takes them, on the network's device: what the cut left is fitted to
+            the original on them (``warm_start``), and BatchNorm statistics are estimated anew. Without them weights
+            and statistics are those of the kept channels.
+        warm_start: ``"ridge"`` or ``"plain"``, or a `WarmStart`.
 
     Returns:
         A new network.
 
     Raises:
         PlanError: If the plan doesn't fit the network; names the first difference.
+        DynCompressError: If there is no such warm start, or a number on the way isn't finite.
     """
-    return convert_(duplicate(bare(net)), plan, seed=seed)
+    return convert_(duplicate(bare(net)), plan, seed=seed, calibrate=calibrate, warm_start=warm_start)
 
 
-def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
+def convert_(
+    net: nn.Module,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    calibrate: Iterable[Any] | None = None,
+    warm_start: str | WarmStart = "ridge",
+) -> nn.Module:
     """`convert` in place; nothing is touched when the plan doesn't fit.
 
     Parameters that a method doesn't replace keep their identity.
     """
+    start = WarmStart.of(warm_start)
     plan = resolve(net, plan)
+    twin = None if calibrate is None else duplicate(net)
     with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
         layers = _layers(plan)
     originals = {op.module: _filters(net.get_submodule(op.module))[0].detach() for op in plan.graph.convs}
     _cut(net, plan)
+    if calibrate is not None and twin is not None:
+        fit(net, twin, plan, calibrate, start, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         old: Any = net.get_submodule(name)
         weight, bias = _filters(old)
         layer.to(weight.device, weight.dtype)
-        spare = _spare(originals[name], plan, f"{name}.weight")
+        spare = _spare(originals[name], plan, f"{name}.weight") if start.bank == "filters" else None
         load_static(layer, weight, bias, spare=spare, generator=generator)
         layer.train(old.training)
         if not old.weight.requires_grad:
@@ -104,10 +128,37 @@ def convert_(net: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
 
 
 def narrowed(net: nn.Module, plan: Plan) -> nn.Module:
-    """The static network of the plan's widths: what the student computes at step 0."""
+    """The static network of the plan's widths: what the student computes at step 0, without calibration."""
     copy = duplicate(bare(net))
     _cut(copy, resolve(copy, plan))
     return copy
+
+
+def fit(
+    net: nn.Module, original: nn.Module, plan: Plan, batches: Iterable[Any], start: WarmStart, seed: int = 0
+) -> tuple[Fit, ...]:
+    """Bring a narrowed, still static network near the original on a few batches, in place.
+
+    Args:
+        net: From `narrowed`.
+        original: What it was cut from.
+        plan: The plan, as `resolve` gives it.
+        batches: Inputs, each as `trace` takes them.
+        start: How.
+        seed: Of which places are sampled.
+
+    Returns:
+        What became of each layer; nothing for ``"plain"``, which estimates only BatchNorm statistics.
+    """
+    if isinstance(batches, Tensor):
+        raise DynCompressError(f"calibrate is one tensor {tuple(batches.shape)}; give a list of batches, [images]")
+    found = list(batches)
+    if start.fit == "plain":
+        recalibrate(net, found)
+        return ()
+    fits = compensate(net, original, plan, found, strength=start.strength, rows=start.rows, seed=seed)
+    settle_norms(net, found)
+    return fits
 
 
 def resolve(net: nn.Module, plan: Plan) -> Plan:
@@ -213,19 +264,14 @@ def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
     found = list(batches)
     if not norms or not found:
         return 0
-    modes = {m: m.training for m in net.modules()}
     momenta = {m: m.momentum for m in norms}
     before = {m: {name: value.clone() for name, value in m.named_buffers()} for m in norms}
-    compiled = {m: vars(m)["_compiled_call_impl"] for m in net.modules() if vars(m).get("_compiled_call_impl")}
     try:
-        for m in compiled:
-            m._compiled_call_impl = None  # compiling for these modes takes longer than a few batches without
-        net.eval()
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # a cumulative average
-            m.train()
-        with torch.no_grad():
+        with evaluating(net), torch.no_grad():
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = None  # a cumulative average
+                m.train()
             for batch in found:
                 args, kwargs = as_call(batch)
                 net(*args, **kwargs)
@@ -237,19 +283,70 @@ def recalibrate(net: nn.Module, batches: Iterable[Any]) -> int:
                     m.get_buffer(name).copy_(value)
         raise
     finally:
-        for m, call in compiled.items():
-            m._compiled_call_impl = call
         for m, momentum in momenta.items():
             m.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
     return len(found)
+
+
+def settle_norms(net: nn.Module, batches: Iterable[Any]) -> None:
+    """Estimate BatchNorm statistics anew without changing what the network computes.
+
+    Scale and shift take up the difference, with s = sqrt(var + eps)::
+
+        shift += scale * (mean_new - mean_old) / s_old,      scale *= s_new / s_old
+
+    So in training mode, where batches normalise, it starts from what it computes in eval mode. A norm without scale and
+    shift, or without statistics, stays as it is.
+
+    Args:
+        net: The network.
+        batches: Inputs, each as `trace` takes them.
+
+    Raises:
+        DynCompressError: If the statistics come out as NaN or infinite; nothing is changed then.
+    """
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = {m: name for name, m in net.named_modules() if isinstance(m, kind) and m.affine and m.track_running_stats}
+    found = list(batches)
+    seen: dict[Any, list[tuple[Tensor, Tensor]]] = {m: [] for m in norms}
+
+    def look(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0].transpose(0, 1).flatten(1).to(torch.promote_types(args[0].dtype, torch.float32))
+        seen[norm].append(torch.var_mean(values, 1, correction=min(1, values.shape[1] - 1)))
+
+    handles = [m.register_forward_pre_hook(look) for m in norms]
+    try:
+        # Not in training mode, as `recalibrate` does: behind a norm, its old scale with new statistics would be seen.
+        with evaluating(net), torch.no_grad():
+            for batch in found:
+                args, kwargs = as_call(batch)
+                net(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    averages = {
+        m: [torch.stack(part).mean(0) for part in zip(*found, strict=True)] for m, found in seen.items() if found
+    }
+    odd = [norms[m] for m, (var, mean) in averages.items() if not (var.isfinite().all() and mean.isfinite().all())]
+    if odd:
+        raise DynCompressError(_unsettled(odd[0], len(found)))
+    with torch.no_grad():
+        for m, (var, mean) in averages.items():
+            spread = (m.running_var + m.eps).sqrt()
+            m.bias += m.weight * (mean.to(spread) - m.running_mean) / spread
+            m.weight *= (var.to(spread) + m.eps).sqrt() / spread
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(var)
 
 
 def _check_statistics(norms: Mapping[nn.modules.batchnorm._BatchNorm, str], count: int) -> None:
     for m, name in norms.items():
         if not all(value.isfinite().all() for value in m.buffers()):
-            raise DynCompressError(
-                f"on these {count} batches the statistics of BatchNorm '{name}' are not finite; the numbers in the data"
-                " and in the weights must be: look for NaN and infinity in both"
-            )
+            raise DynCompressError(_unsettled(name, count))
+
+
+def _unsettled(name: str, count: int) -> str:
+    return (
+        f"on these {count} batches the statistics of BatchNorm '{name}' are not finite; the numbers in the data and in"
+        " the weights must be: look for NaN and infinity in both"
+    )

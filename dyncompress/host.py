@@ -180,14 +180,23 @@ def layer_holder(trainer: Any, module: nn.Module) -> str | None:
     return None
 
 
+def is_split(trainer: Any, network: nn.Module) -> bool:
+    """Whether the network's weights are spread over processes, or flattened, so that no tensor can be written whole."""
+    return _shards(trainer) or any(hasattr(parameter, "full_tensor") for parameter in network.parameters())
+
+
+def _shards(trainer: Any) -> bool:
+    """Whether the strategy puts flat parameters in the place of the module's."""
+    return any(c.__name__ in ("FSDPStrategy", "DeepSpeedStrategy") for c in type(trainer.strategy).__mro__)
+
+
 def check_optimizers(trainer: Any, network: nn.Module, name: str) -> None:
     """Raise unless the optimizers train every trainable parameter of the converted network.
 
     Raises:
         PlanError: Names the first parameter that they miss.
     """
-    sharded = ("FSDPStrategy", "DeepSpeedStrategy")  # they put flat parameters in the place of the module's
-    if not trainer.optimizers or any(c.__name__ in sharded for c in type(trainer.strategy).__mro__):
+    if not trainer.optimizers or _shards(trainer):
         return
     trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     missed = [key for key, p in network.named_parameters() if p.requires_grad and id(p) not in trained]

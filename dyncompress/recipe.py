@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from dyncompress.budget import Budget
+from dyncompress.compensation import WarmStart
 from dyncompress.distillation import DistillConfig
 from dyncompress.errors import RecipeError, shown
 from dyncompress.layers import list_methods
@@ -60,6 +61,7 @@ class Recipe:
         ignore: Layers to leave alone, by name glob or type.
         static: Layers to narrow and leave static, likewise.
         floors: Layers and the output channels that each keeps at least, a number (24) or a share (0.5).
+        warm_start: What student and control are before they are trained.
         warmup: Part of the fine-tuning in which layers become dynamic, 0.2 say; 0 for at once.
         distill: How the student learns from the original.
         baseline: The network to compress.
@@ -87,6 +89,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
     floors: dict[str, int | float] = field(default_factory=dict)
+    warm_start: WarmStart = field(default_factory=WarmStart)
     warmup: float = 0.0
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: Baseline = field(default_factory=Baseline)

@@ -177,7 +177,14 @@ class Run:
         """Convert a copy of the original in the Trainer, distil it, score it."""
         subject, recipe, started = self.subject, self.subject.recipe, time.perf_counter()
         module = deepcopy(subject.model)
-        callback = DynCompress(plan=plan, distill=recipe.distill, warmup=recipe.warmup, module=subject.path, seed=seed)
+        callback = DynCompress(
+            plan=plan,
+            distill=recipe.distill,
+            warmup=recipe.warmup,
+            warm_start=recipe.warm_start,
+            module=subject.path,
+            seed=seed,
+        )
         score = self._train(arm, seed, module, recipe.epochs, [callback], loggers)
         if arm == "student" and seed == recipe.seeds[0]:
             save(subject.network(module), self.folder / "student.safetensors")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from dyncompress.conversion import convert_, plan_of, resolve
+from dyncompress.compensation import WarmStart
+from dyncompress.conversion import convert, convert_, plan_of, resolve
 from dyncompress.graph import bare
 from dyncompress.plan import Plan
 
@@ -54,6 +57,18 @@ class Student:
         except BaseException:
             self.revert()
             raise
+
+    def started(self, batches: Iterable[Any], start: WarmStart, seed: int) -> dict[str, Any]:
+        """What a warm start makes of the untrained network: its state dict, on the CPU.
+
+        Args:
+            batches: Inputs of the original, on its device.
+            start: How.
+            seed: Of the conversion.
+        """
+        assert self.original is not None and self.plan is not None
+        fresh = convert(self.original, self.plan, seed=seed, calibrate=batches, warm_start=start)
+        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in fresh.state_dict().items()}
 
     def revert(self) -> None:
         """Be the original again."""
