@@ -23,9 +23,9 @@ __all__ = ["as_own", "assemble", "autocasts", "full_precision", "is_own", "kerne
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on, on the device of ``x``."""
+    """Whether autocast is on, on the device of ``x``, and does not leave x alone, as it does with fp64."""
     try:
-        return torch.is_autocast_enabled(x.device.type)
+        return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     except RuntimeError:  # a device that knows no autocast, such as "meta"
         return False
 

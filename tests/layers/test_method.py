@@ -11,7 +11,18 @@ from dyncompress.layers import DyNet, Method, Static, get_method, list_methods, 
 
 
 def test_the_methods_of_the_library() -> None:
-    assert list_methods() == ["c2sp", "condconv", "dcd", "drconv", "dyco3d", "dyconv", "dynet", "kernelwarehouse", "odconv", "static"]
+    assert list_methods() == [
+        "c2sp",
+        "condconv",
+        "dcd",
+        "drconv",
+        "dyco3d",
+        "dyconv",
+        "dynet",
+        "kernelwarehouse",
+        "odconv",
+        "static",
+    ]
     assert get_method("dynet") == DyNet()
     assert get_method("static") == Static()
 
