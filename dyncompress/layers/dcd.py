@@ -18,7 +18,8 @@ scale alone, and a depthwise one, which the authors keep static, too.
 Deviations from the paper:
 
 * No BatchNorm after Q and Phi, which would mix the images of a batch. In eval mode they are part of Q, B and bias.
-* The squeeze is a mean over all positions (in the authors' code: over quarters of the image where a layer widens).
+* The squeeze is a mean over all positions; in the authors' code over quarters of the image where a layer widens, which
+  is ``pool=2``.
 * Training starts from a static convolution (``load_static``): the scale is 1, P is 0.
 """
 
@@ -38,7 +39,7 @@ from dyncompress.layers.execution import CONV, convolve
 from dyncompress.layers.method import DynamicConv, Method, PerLayer, register_method
 from dyncompress.layers.options import check_count
 from dyncompress.layers.placement import better_static, check_placement
-from dyncompress.layers.router import RouterLinear, Squeeze
+from dyncompress.layers.router import LIMIT, RouterLinear, Squeeze
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 from dyncompress.layers.static import Static
 
@@ -46,6 +47,7 @@ __all__ = ["Dcd", "DcdConv"]
 
 _REDUCTION = 16
 _LEAST = 4  # hidden units, and dimensions of the latent space
+_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _MOST_LATENT = 1024  # a latent space of more is a slip of the pen
 
 
@@ -58,6 +60,8 @@ class Dcd(PerLayer):
         latent: Dimensions L of the latent space, in which channels are fused; by default max(4, floor(sqrt(in))).
         placement: ``"auto"``: leave grouped, depthwise and tiny convolutions static; ``"all"``: all dynamic, grouped
             ones by their scale alone.
+        pool: The router reads means over a grid of pool parts in every spatial dimension; then in * pool^ndim replaces
+            in, in the sizes of hidden layer and router.
 
     Raises:
         DynCompressError: If an option has no such value.
@@ -72,11 +76,13 @@ class Dcd(PerLayer):
 
     latent: int | None = None
     placement: Literal["auto", "all"] = "auto"
+    pool: int = 1
 
     def __post_init__(self) -> None:
         if self.latent is not None:
             advice = f"1 to {_MOST_LATENT}, or None for the square root of the input channels"
             check_count("latent", self.latent, "dimensions", 1, _MOST_LATENT, advice)
+        check_count("pool", self.pool, "parts", 1, 8, "1 for the mean of the image, or 2 for those of its quarters")
         check_placement(self.placement)
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
@@ -109,7 +115,7 @@ class Dcd(PerLayer):
         for site in sites:
             spec, (latent, hidden) = site.spec, _sizes(self, site.spec)
             low_rank = latent * (spec.in_channels + latent + spec.out_channels) * site.positions
-            costs.append(Macs(spec.kernel_params * site.positions, low_rank, _router(spec, latent, hidden)))
+            costs.append(Macs(spec.kernel_params * site.positions, low_rank, _router(self, spec, latent, hidden)))
         return costs
 
     def params(self, sites: Sequence[ConvSite]) -> list[int]:
@@ -119,23 +125,28 @@ class Dcd(PerLayer):
             spec, (latent, hidden) = site.spec, _sizes(self, site.spec)
             low_rank = latent * (spec.in_channels + spec.out_channels)
             bias = spec.out_channels * spec.bias
-            counts.append(spec.kernel_params + bias + low_rank + _router(spec, latent, hidden))
+            counts.append(spec.kernel_params + bias + low_rank + _router(self, spec, latent, hidden))
         return counts
 
     def build(self, sites: Sequence[ConvSite]) -> list[nn.Module]:
         """One layer per site."""
-        return [DcdConv(site.spec, *_sizes(self, site.spec)) for site in sites]
+        return [DcdConv(site.spec, *_sizes(self, site.spec), self.pool) for site in sites]
 
 
 def _sizes(method: Dcd, spec: ConvSpec) -> tuple[int, int]:
     """Dimensions of the latent space (0 where there is none), hidden units of the router."""
     latent = max(_LEAST, math.isqrt(spec.in_channels)) if method.latent is None else method.latent
     latent = latent if spec.groups == 1 else 0
-    return latent, max(_LEAST, max(spec.in_channels, latent**2) // _REDUCTION)
+    return latent, max(_LEAST, max(_seen(method, spec), latent**2) // _REDUCTION)
 
 
-def _router(spec: ConvSpec, latent: int, hidden: int) -> int:
-    return hidden * (spec.in_channels + hidden + latent**2 + spec.out_channels)
+def _router(method: Dcd, spec: ConvSpec, latent: int, hidden: int) -> int:
+    return hidden * (_seen(method, spec) + hidden + latent**2 + spec.out_channels)
+
+
+def _seen(method: Dcd, spec: ConvSpec) -> int:
+    """Numbers that the router reads."""
+    return int(spec.in_channels * method.pool**spec.ndim)
 
 
 class DcdConv(DynamicConv):
@@ -145,12 +156,13 @@ class DcdConv(DynamicConv):
         spec: Shapes of the convolution.
         latent: Dimensions of the latent space; 0 for the scale alone.
         hidden: Hidden units of the router.
+        pool: Parts of the image in every spatial dimension, whose means the router reads.
     """
 
     method: ClassVar[str] = "dcd"
     bias: nn.Parameter | None
 
-    def __init__(self, spec: ConvSpec, latent: int, hidden: int) -> None:
+    def __init__(self, spec: ConvSpec, latent: int, hidden: int, pool: int = 1) -> None:
         super().__init__(spec)
         self.latent = latent
         self.weight = nn.Parameter(torch.empty(spec.weight_shape))
@@ -158,8 +170,8 @@ class DcdConv(DynamicConv):
         ones = (1,) * spec.ndim
         self.register_parameter("q", nn.Parameter(torch.empty(latent, spec.in_channels, *ones)) if latent else None)
         self.register_parameter("p", nn.Parameter(torch.empty(spec.out_channels, latent, *ones)) if latent else None)
-        self.squeeze = Squeeze(spec.in_channels)
-        self.reduce = RouterLinear(spec.in_channels, hidden, bias=False)
+        self.squeeze = Squeeze(spec.in_channels) if pool == 1 else Parts(pool, spec.ndim)
+        self.reduce = RouterLinear(spec.in_channels * pool**spec.ndim, hidden, bias=False)
         self.gate = RouterLinear(hidden, hidden, bias=False)
         self.router = RouterLinear(hidden, latent**2 + spec.out_channels, bias=False)  # Phi, then the scale
         self.reset_parameters()
@@ -223,6 +235,24 @@ class DcdConv(DynamicConv):
     def extra_repr(self) -> str:
         """Method, shapes and L."""
         return f"{super().extra_repr()}, latent={self.latent}"
+
+
+class Parts(nn.Module):
+    """Means over the parts of a grid.
+
+    Args:
+        pool: Parts in every spatial dimension.
+        ndim: Spatial dimensions.
+    """
+
+    def __init__(self, pool: int, ndim: int) -> None:
+        super().__init__()
+        self.pool, self.ndim = pool, ndim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [B, channels, *size] -> [B, channels * pool^ndim], in fp32 at least; what is not finite is limited."""
+        means = _POOL[self.ndim](x.to(torch.promote_types(x.dtype, torch.float32)), self.pool).flatten(1)
+        return means.nan_to_num(0.0, LIMIT, -LIMIT)
 
 
 def _hard_sigmoid(z: Tensor) -> Tensor:
