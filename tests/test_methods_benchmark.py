@@ -81,7 +81,7 @@ def test_a_run_is_the_recipe_on_equal_terms(tmp_path: Path) -> None:
     words = request(tmp_path, 0, 1).command(FORMS["odconv 4x"])
     assert words[1:4] == ["-m", "benchmarks.remembered", str(tmp_path / "answers")]
     assert words[4:6] == ["run", str(runs.ROOT / "recipes/cifar10_resnet20.yaml")]
-    given = dict(zip(words[5::2], words[6::2], strict=True))
+    given = dict(zip(words[6::2], words[7::2], strict=True))
     assert (given["--method"], given["--options"], given["--seeds"]) == ("odconv", '{"kernels": 4}', "[0, 1]")
     assert (given["--control"], given["--threads"], given["--out"]) == ("false", "1", str(tmp_path / "odconv-4x"))
 
