@@ -20,6 +20,7 @@ METHODS = [
     C2sp(g=2),
     KernelWarehouse(ratio=0.5),
     KernelWarehouse(ratio=2, cell=0.5),
+    KernelWarehouse(ratio=0.5, basis=0.5, cell_in=1),
 ]
 
 
