@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ def test_any_value_can_be_changed_on_the_command_line(written: Any) -> None:
     assert recipe.data["init_args"] == {"root": "X"} and recipe.model["init_args"] == {"lr": 0.1}
     assert recipe.trainer == {"precision": "bf16-true", "limit_train_batches": 2}
     assert recipe.baseline.checkpoint == "w.pt" and recipe.options == {"g": 6} and recipe.wandb is None
+
+
+def test_a_distillation_is_chosen_in_the_file_and_changed_on_the_command_line(written: Any) -> None:
+    text = MINIMAL + "distill: {kind: dkd, labels: label, hints: {layer2: 1.0}, alpha_end: 0.0}\n"
+    expected = DistillConfig(kind="dkd", labels="label", hints={"layer2": 1.0}, alpha_end=0.0)
+    assert read_recipe([written(text)]).distill == expected
+    words = ["--distill.labels", "1", "--distill.hints", "{layer3: 2.0}", "--distill.ramp", "cosine"]
+    changed = replace(expected, labels=1, hints={"layer3": 2.0}, ramp="cosine")
+    assert read_recipe([written(text), *words]).distill == changed
 
 
 def test_several_limits_and_floors(written: Any) -> None:
