@@ -18,8 +18,6 @@ from dyncompress.layers import DynamicConv
 from dyncompress.ridge import Problem
 from tests.classifiers import classifier, equal, fit, loader, weights
 
-EXAMPLE = torch.zeros(1, 3, 8, 8)
-
 
 def outputs(net: nn.Module, batches: list[Tensor]) -> Tensor:
     with torch.no_grad():
@@ -240,23 +238,38 @@ def test_copies_hold_no_discarded_filters() -> None:
     assert abs(away["copies"] - 0.2) < 0.03 and away["filters"] > 0.5
 
 
-def test_the_callback_starts_as_convert_does_and_a_resumed_run_does_not_start_again(tmp_path: Any) -> None:
-    module = classifier()()
+class Start(DynCompress):
+    """Keeps the weights that the first batch finds."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.start = getattr(self, "start", weights(pl_module.net))
+        super().on_train_batch_start(trainer, pl_module, *args)
+
+
+def test_the_callback_starts_as_convert_does() -> None:
+    module, callback = classifier()(), Start("50%", recalibrate=2, seed=5)
     original = copy.deepcopy(module.net)
-    callback = DynCompress("50%", recalibrate=2, seed=5)
-    seen: dict[str, Any] = {}
-
-    def remember(trainer: Any, pl_module: Any, *args: Any) -> None:
-        seen.setdefault("start", weights(pl_module.net))
-
-    callback.on_train_batch_start, anneal = lambda *a: (remember(*a), anneal(*a)), callback.on_train_batch_start
     fit(module, callback, limit_train_batches=1)
-    inputs = [x for x, _ in list(loader())[:2]]
     plan = plan_of(module.net)
     assert plan is not None
-    expected = convert(original, plan, seed=5, calibrate=inputs)
-    assert all(torch.allclose(v, seen["start"][k], atol=1e-6) for k, v in weights(expected).items())
-    assert not equal(module.net, seen["start"])
+    expected = convert(original, plan, seed=5, calibrate=[x for x, _ in list(loader())[:2]])
+    assert all(torch.allclose(v, callback.start[k], atol=1e-6) for k, v in weights(expected).items())
+    assert not equal(convert(original, plan, seed=5), callback.start)
+
+
+def test_a_resumed_run_fits_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = classifier()()
+    original = copy.deepcopy(module)
+    fit(module, Start("50%"), limit_train_batches=1).save_checkpoint(tmp_path / "last.ckpt")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a trained student was given a start")
+
+    monkeypatch.setattr("dyncompress.student.Student.started", refuse)
+    trained, resumed = weights(module.net), Start("50%")
+    again = fit(original, resumed, ckpt_path=tmp_path / "last.ckpt", limit_train_batches=1, max_epochs=2)
+    assert again.global_step == 2
+    assert all(torch.equal(v, resumed.start[k]) for k, v in trained.items())
 
 
 @pytest.mark.parametrize("given", ["best", 3, None])
