@@ -21,6 +21,7 @@ from benchmarks.methods.runs import Request, Run, finished
 from benchmarks.methods.times import Time
 from benchmarks.rowstore import RowStore
 from benchmarks.speed.timing import Effort
+from benchmarks.trainings import ROOT
 from dyncompress.arms import Arm, Score
 from dyncompress.layers import list_methods
 from dyncompress.report import Report
@@ -80,7 +81,7 @@ def test_a_finished_folder_is_a_row_per_seed_and_is_not_trained_again(tmp_path: 
 def test_a_run_is_the_recipe_on_equal_terms(tmp_path: Path) -> None:
     words = request(tmp_path, 0, 1).command(FORMS["odconv 4x"])
     assert words[1:4] == ["-m", "benchmarks.remembered", str(tmp_path / "answers")]
-    assert words[4:6] == ["run", str(runs.ROOT / "recipes/cifar10_resnet20.yaml")]
+    assert words[4:6] == ["run", str(ROOT / "recipes/cifar10_resnet20.yaml")]
     given = dict(zip(words[6::2], words[7::2], strict=True))
     assert (given["--method"], given["--options"], given["--seeds"]) == ("odconv", '{"kernels": 4}', "[0, 1]")
     assert (given["--control"], given["--threads"], given["--out"]) == ("false", "1", str(tmp_path / "odconv-4x"))
@@ -123,8 +124,8 @@ def test_students_are_timed_in_turns_with_their_original(tmp_path: Path) -> None
 
 
 def run(form: str, seed: int, accuracy: float, params: int = 50) -> Run:
-    there = ("{}", "2026-01-02T00:00:00Z", "abc", "abacus", 1, "torch 9.9", "run")
-    return Run(form, "33%", 4, seed, accuracy, 33, params, 0, 0.9, 100, 40, *there)
+    there = ("2026-01-02T00:00:00Z", "abc", "abacus", 1, "torch 9.9", "run")
+    return Run("33%", 4, seed, accuracy, 33, params, 0, 0.9, 100, 40, *there, form=form, options="{}")
 
 
 def timed(form: str, ratio: float) -> Time:

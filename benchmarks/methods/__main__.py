@@ -20,9 +20,8 @@ from benchmarks.methods import runs, times
 from benchmarks.methods.forms import FORMS
 from benchmarks.methods.page import PAGE, RESULTS, SUBJECT, publish
 from benchmarks.speed.timing import Effort
+from benchmarks.trainings import ROOT
 from dyncompress.allocator import keep_freed_memory
-
-ROOT = runs.ROOT
 
 
 def main(argv: list[str] | None = None) -> int:

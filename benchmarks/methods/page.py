@@ -11,8 +11,9 @@ from typing import Any
 from benchmarks.methods import runs, times
 from benchmarks.methods.forms import FORMS
 from benchmarks.methods.plots import draw
-from benchmarks.methods.runs import ROOT, Run
+from benchmarks.methods.runs import Run
 from benchmarks.methods.times import BATCHES, SHAPES, Time
+from benchmarks.trainings import ROOT
 from dyncompress import files
 
 RESULTS = ROOT / "benchmarks/results/methods"

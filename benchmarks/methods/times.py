@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from benchmarks.methods.forms import FORMS
-from benchmarks.methods.runs import STUDENT, commit
 from benchmarks.rowstore import RowStore
 from benchmarks.speed.timing import Effort
+from benchmarks.trainings import STUDENT, commit
 from dyncompress import files
 from dyncompress.bundle import load
 from dyncompress.comparison import compare, everywhere, reference, shipped
@@ -82,7 +82,7 @@ def students(out: Path, network: Callable[[], nn.Module], subject: str, effort: 
     before = convert(network(), unchanged(plan.graph))
     nets = {"original": before, **made}
     costs = {title: (measure_macs(net, example), count_params(net)) for title, net in nets.items()}
-    return list(_race({title: fold(net) for title, net in nets.items()}, example, subject, costs, effort))
+    return list(race({title: fold(net) for title, net in nets.items()}, example, subject, costs, effort))
 
 
 def layers(effort: Effort) -> Iterator[Time]:
@@ -94,18 +94,29 @@ def layers(effort: Effort) -> Iterator[Time]:
         torch.manual_seed(0)
         nets = {title: shipped(everywhere(FORMS[title].made()).place(site)[0], site) for title in there}
         costs = {title: (entry.macs.total, entry.params or 0) for title, entry in there.items() if entry.macs}
-        yield from _race(nets, torch.randn(1, channels, size, size), shape, costs, effort)
+        yield from race(nets, torch.randn(1, channels, size, size), shape, costs, effort)
 
 
-def _race(
+def race(
     nets: Mapping[str, nn.Module],
     example: torch.Tensor,
     subject: str,
     costs: Mapping[str, tuple[int, int]],
     effort: Effort,
+    batches: Sequence[int] = BATCHES,
 ) -> Iterator[Time]:
+    """Times of networks in turns.
+
+    Args:
+        nets: By name; the first is what the others are compared with.
+        example: One image.
+        subject: What they have in common.
+        costs: MACs and parameters of each.
+        effort: How long to measure.
+        batches: Sizes.
+    """
     first = costs[next(iter(nets))]
-    for batch in BATCHES:
+    for batch in batches:
         x = example.expand(batch, *example.shape[1:]).contiguous()
         with torch.inference_mode():
             times = effort.race({title: partial(net, x) for title, net in nets.items()}).times
