@@ -9,6 +9,7 @@ DynCompressError
 +-- CheckpointError      a checkpoint or bundle holds no plan, another plan, or cannot be read
 +-- ExportError          an exported file does not reproduce the network
 +-- RecipeError          a recipe is unreadable or names something that does not exist
++-- SearchError          the search for a cheapest network can't be done; names what is missing
 +-- WriteError           a file can't be written; what was there before still is
 
 A message says what is wrong (with the value), what is allowed, and what to do.
@@ -49,6 +50,10 @@ class ExportError(DynCompressError):
 
 class RecipeError(DynCompressError):
     """A recipe is unreadable or names something that does not exist."""
+
+
+class SearchError(DynCompressError):
+    """The search for the cheapest network within a drop of the score can't be done."""
 
 
 class WriteError(DynCompressError, OSError):

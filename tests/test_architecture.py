@@ -11,18 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = """
     errors files typed
-    layers.channels layers.options layers.spec layers.method layers.mixing layers.recompute layers.fused layers.execution
-    layers.router layers.static layers.tokens layers.placement layers.warmstart layers.annealing layers.sharedbank
-    layers.inference layers.dynet layers.condconv layers.dyconv layers.odconv layers.dcd layers.drconv
-    layers.perimage layers.dyco3d layers.c2sp layers.partition layers.warehouse layers.kernelwarehouse layers
+    layers.channels layers.options layers.spec layers.method layers.mixing layers.recompute layers.fused
+    layers.execution layers.router layers.static layers.tokens layers.placement layers.warmstart layers.annealing
+    layers.sharedbank layers.inference layers.dynet layers.condconv layers.dyconv layers.odconv layers.dcd
+    layers.drconv layers.dyco3d layers.c2sp layers.partition layers.warehouse layers.kernelwarehouse layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
     sharing tracing cost importance marginal budget planfile plan
     allocation knapsack selection ridge compensation conversion folding losses answers distillation hints
     latency evaluation taylor ranking sensitivity allocator provenance latencytable prediction worth pacing
-    roles warehouses presets planning
+    roles warehouses presets planning allowance search
     plotting arms report tracking bundle formats exporting checkpoint
     host schedules student patch restoring teachers inputs teaching callback
-    recipe subject loggers runner comparison cli __main__
+    recipe subject loggers runner comparison catalogue cli __main__
 """.split()
 HOST = "callback"  # the first module that may know Lightning or W&B; those above it work on any torch network
 HOSTS = {"lightning", "pytorch_lightning", "wandb"}
