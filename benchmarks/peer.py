@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,29 +57,66 @@ def attempt(report: Callable[[dict[str, Any]], None], name: str, targets: list[i
 
 
 def _search(net: nn.Module, example: Any, target: float, ranking: bool) -> dict[str, Any]:
-    ratio, reached, small = search(net, example, target, ranking)
-    wrong = same_form(small, net, example) or learns(small, net, example)
-    landed = abs(reached / target - 1) <= WITHIN
+    found = search(net, example, target, ranking)
+    wrong = same_form(found.network, net, example) or learns(found.network, net, example)
+    landed = abs(found.reached / target - 1) <= WITHIN
     status = "wrong" if wrong and not wrong.startswith("n/a") else "ok" if landed else "missed"
-    return {"status": status, "reached": reached, "pruning ratio": ratio, "global": ranking, "reason": wrong}
+    return {
+        "status": status, "reached": found.reached, "pruning ratio": found.ratio, "global": ranking, "reason": wrong
+    }  # fmt: skip
 
 
-def search(net: nn.Module, example: Any, target: float, ranking: bool) -> tuple[float, float, nn.Module]:
-    """The network pruned as near to a share of its MACs as a few tries get: pruning ratio, share reached, network.
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network.
+
+    Attributes:
+        ratio: The pruning ratio.
+        reached: Share of the MACs that is left.
+        network: The network.
+        history: What was pruned: name of a layer, whether its output channels, which of them.
+    """
+
+    ratio: float
+    reached: float
+    network: nn.Module
+    history: list[tuple[str, bool, list[int]]]
+
+
+Importance = Callable[[nn.Module], Any]
+"""Takes the copy that is to be pruned, gives one of torch-pruning's importances."""
+
+
+def magnitude(net: nn.Module) -> Any:
+    """Its default: norms of the weights of coupled layers."""
+    import torch_pruning
+
+    return torch_pruning.importance.MagnitudeImportance(p=2)
+
+
+def search(net: nn.Module, example: Any, target: float, ranking: bool, importance: Importance = magnitude) -> Pruned:
+    """The network pruned as near to a share of its MACs as a few tries get.
 
     It interpolates the square root of the MACs, which falls about in step with the widths.
+
+    Args:
+        net: The network; left as it is.
+        example: What it takes.
+        target: Share of its MACs.
+        ranking: Whether channels of all layers are ranked together.
+        importance: By what.
     """
     original = measure_macs(net, example)
     outputs = _writers_of_the_output(net, example)
     low, high = (0.0, 1.0), (1.0, 0.0)  # (pruning ratio, root of what is left of the MACs)
-    best: tuple[float, float, nn.Module] | None = None
+    best: Pruned | None = None
     for _ in range(TRIES):
         share = (low[1] - math.sqrt(target)) / max(low[1] - high[1], 1e-9)
         ratio = low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
-        small = _pruned(net, example, outputs, ratio, ranking)
+        small, history = _pruned(net, example, outputs, ratio, ranking, importance)
         reached = measure_macs(small, example) / original
-        if best is None or abs(reached - target) < abs(best[1] - target):
-            best = (ratio, reached, small)
+        if best is None or abs(reached - target) < abs(best.reached - target):
+            best = Pruned(ratio, reached, small, history)
         if abs(reached / target - 1) <= WITHIN:
             break
         if reached > target:
@@ -89,7 +127,9 @@ def search(net: nn.Module, example: Any, target: float, ranking: bool) -> tuple[
     return best
 
 
-def _pruned(net: nn.Module, example: Any, outputs: list[str], ratio: float, ranking: bool) -> nn.Module:
+def _pruned(
+    net: nn.Module, example: Any, outputs: list[str], ratio: float, ranking: bool, importance: Importance
+) -> tuple[nn.Module, list[tuple[str, bool, list[int]]]]:
     import torch_pruning
 
     copy = deepcopy(net).eval()
@@ -98,7 +138,7 @@ def _pruned(net: nn.Module, example: Any, outputs: list[str], ratio: float, rank
     pruner = torch_pruning.pruner.BasePruner(
         copy,
         example,
-        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        importance=importance(copy),
         global_pruning=ranking,
         pruning_ratio=ratio,
         ignored_layers=[copy.get_submodule(name) for name in outputs],
@@ -111,7 +151,7 @@ def _pruned(net: nn.Module, example: Any, outputs: list[str], ratio: float, rank
     pruner.step()
     for parameter, before in _pairs(copy, net):
         parameter.requires_grad_(before.requires_grad)
-    return copy
+    return copy, pruner.pruning_history()
 
 
 def _pairs(small: nn.Module, net: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ def measure(request: Request) -> Iterator[Row]:
     for name in NETWORKS:
         subject = Subject.of(name, request.seed)
         share = subject.macs({"dynamic": subject.dynamic})["dynamic"]
-        _, _, pruned = search(subject.original, subject.image, share, False)
+        pruned = search(subject.original, subject.image, share, False).network
         nets = {**subject.folded, PEER: dc.fold(as_converted(pruned.eval(), subject.image))}
         x = subject.batch(1).to(request.device)
         with modes.conditions("fp32"):
