@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from benchmarks.speed.timing import Effort
 from benchmarks.trainings import ROOT
 from dyncompress.allocator import keep_freed_memory
 
-WORDS = {
+WORDS: dict[str, dict[str, Any]] = {
     "cpu": {"threads": 1},
     "gpu": {"threads": 1, "trainer": '{"accelerator": "gpu", "precision": "bf16-mixed"}'},
 }

@@ -6,6 +6,7 @@ for all seeds; OUT/CASE/ARM/SEED a folder of `dyncompress run`.
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import sys
@@ -145,7 +146,7 @@ class Workshop:
         if job.arm.pruner:
             rest = [str(job.network.path), *_options(self._bare(words))]
             program = ["benchmarks.accuracy.pruned", str(path), job.case.budget, job.arm.pruner, *rest]
-            env = {**_here(), **environment()}
+            env = {**os.environ, **environment()}
         path.parent.mkdir(parents=True, exist_ok=True)
         return logged([sys.executable, "-m", *program], log, env)
 
@@ -175,8 +176,13 @@ class Workshop:
             folder = self.place(job)
             for outcome in outcomes(folder):
                 if (outcome.seed, outcome.epochs) == (job.seed, job.case.epochs):
-                    who = {"network": job.case.network, "budget": job.case.budget, "arm": job.arm.title}
-                    yield Row(**asdict(outcome), **who, seconds=seconds(folder))
+                    yield Row(
+                        **asdict(outcome),
+                        network=job.case.network,
+                        budget=job.case.budget,
+                        arm=job.arm.title,
+                        seconds=seconds(folder),
+                    )
 
 
 def missing(wanted: Sequence[Job], rows: Sequence[Row]) -> list[Job]:
@@ -197,9 +203,3 @@ def estimate(job: Job, rows: Sequence[Row]) -> float | None:
 
 def _options(words: Mapping[str, Any]) -> list[str]:
     return [word for key, value in words.items() for word in (f"--{key}", str(value))]
-
-
-def _here() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
