@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             found = list(race(workshop, case, effort))
             if found:
                 times.store(path).put(found)
-                times.note(path, ["python", "-m", "benchmarks.accuracy", *argv], effort)
+                times.note(path, ["python", "-m", "benchmarks.accuracy", "--tier", options.tier, "--time"], effort)
     for written in publish(options.results, options.page):
         _tell(f"wrote {written}")
     return failed

@@ -141,14 +141,14 @@ class Workshop:
         if path.exists():
             return 0
         words = {k: v for k, v in self.words_of(job).items() if k != "seeds"} | {"seeds": as_json((0,))}
-        recipe, log, env = [str(job.network.path), *_options(words)], path.with_suffix(".log"), None
-        program = ["dyncompress", "plan", *recipe, "--out", str(path)]
+        program = ["dyncompress", "plan", str(job.network.path), *_options(words), "--out", str(path)]
+        env = {"OMP_NUM_THREADS": "1"}  # as times are measured
         if job.arm.pruner:
             rest = [str(job.network.path), *_options(self._bare(words))]
             program = ["benchmarks.accuracy.pruned", str(path), job.case.budget, job.arm.pruner, *rest]
-            env = {**os.environ, **environment()}
+            env = environment()
         path.parent.mkdir(parents=True, exist_ok=True)
-        return logged([sys.executable, "-m", *program], log, env)
+        return logged([sys.executable, "-m", *program], path.with_suffix(".log"), {**os.environ, **env})
 
     def run(self, job: Job) -> int:
         """Train a student; returns the exit status of what failed first."""
