@@ -132,7 +132,8 @@ def _provenance(rows: Sequence[Row]) -> Iterator[str]:
     commits = ", ".join(f"`{name}`" for name in dict.fromkeys(row.commit for row in rows) if name)
     last = max(rows, key=lambda row: row.date)
     hardware = "; ".join(dict.fromkeys(row.hardware for row in rows))
-    yield f"Trained on {hardware}, {last.threads} torch thread{'s' * (last.threads > 1)}; {last.versions}; commit {commits}; until {last.date[:10]}."
+    threads = f"{last.threads} torch thread{'s' * (last.threads > 1)}"
+    yield f"Trained on {hardware}, {threads}; {last.versions}; commit {commits}; until {last.date[:10]}."
 
 
 def _timed(path: Path) -> str:
