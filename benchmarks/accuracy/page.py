@@ -17,6 +17,7 @@ from benchmarks.methods.page import filled
 from benchmarks.methods.times import Time
 from benchmarks.trainings import ROOT
 from dyncompress import files
+from dyncompress.arms import Score
 
 RESULTS = ROOT / "benchmarks/results/accuracy"
 PAGE = ROOT / "docs/results.md"
@@ -69,14 +70,23 @@ def _verdicts(found: Mapping[str, Sequence[Row]]) -> Iterator[str]:
             lost = 100 * ((others[best].mean or 0.0) - own[0].original_accuracy)
             lines.append(
                 f"| {NETWORKS[name].title} | {budget} | {epochs} | {best} | {control} | {verdict} | {verdict.word} |"
-                f" {lost:+.2f} |"
+                f" {_to_peer(others[best], reached)} | {lost:+.2f} |"
             )
     if not lines:
         yield NONE
         return
-    yield "| network | budget | epochs | best dynamic arm | best static arm | difference | | to the original |"
-    yield "|---|---|--:|---|---|--:|---|--:|"
+    yield (
+        "| network | budget | epochs | best dynamic arm | best static arm | difference | | to torch-pruning |"
+        " to the original |"
+    )
+    yield "|---|---|--:|---|---|--:|---|--:|--:|"
     yield from lines
+
+
+def _to_peer(best: Score, reached: Mapping[str, Score]) -> str:
+    """The difference to the better of torch-pruning's arms."""
+    peers = [reached[arm.title] for arm in ARMS.values() if arm.pruner and arm.title in reached]
+    return str(Verdict.of(best, max(peers, key=lambda score: score.mean or 0.0))) if peers else ""
 
 
 def _network(name: str, rows: Sequence[Row], results: Path) -> Iterator[str]:
