@@ -1,7 +1,7 @@
 """DyCo3D: a pointwise convolution whose kernel is generated, whole, from the instance that it is applied to.
 
 Paper: He, Shen, van den Hengel, "DyCo3D: Robust Instance Segmentation of 3D Point Clouds through Dynamic Convolution",
-CVPR 2021, arXiv 2011.13328, section 3.3. A point cloud's instances are the samples of a batch, x [instances, in, N]::
+CVPR 2021, arXiv 2011.13328. A point cloud's instances are the samples of a batch, x [instances, in, N]::
 
     h = relu(U GAP(x[b]) + u)                    [hidden]
     W[b], bias[b] = A h + a                      all weights and biases of the layer
@@ -29,10 +29,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dyncompress.layers.channels import per_channel
+from dyncompress.layers.execution import convolve_each
 from dyncompress.layers.method import DynamicConv, Method, PerLayer, register_method
 from dyncompress.layers.options import check_count
-from dyncompress.layers.perimage import convolve_each
 from dyncompress.layers.placement import better_static, check_placement
 from dyncompress.layers.router import RouterLinear, Squeeze
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
@@ -59,7 +58,7 @@ class DyCo3d(PerLayer):
         DynCompressError: If an option has no such value.
 
     Source:
-        arXiv 2011.13328, section 3.3.
+        arXiv 2011.13328.
     """
 
     name: ClassVar[str]
@@ -169,15 +168,13 @@ class DyCo3dConv(DynamicConv):
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
         self.check_input(x)
-        kernels, biases = self.generate(x)
-        out = convolve_each(x, kernels.to(self.router.weight.dtype), self.bias, self.spec)
-        return out if biases is None else out + per_channel(biases, out)
+        return convolve_each(x, self.squeeze(x), self.generate, self.bias, self.spec)
 
-    def generate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Kernels [B, out, in / groups, *kernel] and biases [B, out] of x [B, in, *size]; fp32 at least."""
-        made = self.router(self.squeeze(x))
-        kernels, biases = made.tensor_split((self.spec.kernel_params,), dim=1)
-        return kernels.unflatten(1, self.spec.weight_shape), biases if self.spec.bias else None
+    def generate(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Kernels [B, out, in / groups, *kernel] and biases [B, out; fp32 at least] of h [B, hidden]."""
+        kernels, biases = self.router(h).tensor_split((self.spec.kernel_params,), dim=1)
+        kernels = kernels.to(self.router.weight.dtype).unflatten(1, self.spec.weight_shape)
+        return kernels, biases if self.spec.bias else None
 
     def start(self, weight: Tensor, bias: Tensor, spare: Tensor | None, generator: torch.Generator | None) -> None:
         """Every instance gets the static kernel. The spare filters have no place in it."""

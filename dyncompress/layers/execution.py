@@ -1,7 +1,7 @@
 """How a per-sample convolution runs: one module's business, shared by all methods.
 
 A convolution is linear in its kernel, so a mixed kernel can be applied in several exact ways (Zhang et al.,
-DyNet, arXiv 2004.10694, eq. 2):
+DyNet, arXiv 2004.10694):
 
 ========== ============================================================ =====================================
 strategy   what runs                                                    when
@@ -13,18 +13,23 @@ features   all kernels of the bank on every image, then the mix         two larg
 scan       a loop in the graph, one plain convolution per image         never by itself: for ONNX (:func:`run_as`)
 fused      one Triton kernel, which mixes on the chip (GPUs only)       never by itself, until it's measured on one
 ========== ============================================================ =====================================
+
+Kernels that are no such mix (:func:`convolve_each`) run as single, bmm, grouped or scan. For them features means a sum
+of matrix products, one per position within the kernel: like theirs, a graph without loops, for any batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dyncompress.layers.channels import per_channel
 from dyncompress.layers.fused import fused_conv, unsupported
@@ -32,7 +37,7 @@ from dyncompress.layers.mixing import as_own, autocasts, is_own, kernels_of
 from dyncompress.layers.recompute import Shapes, convolve_batch
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["CONV", "Strategy", "choose", "convolve", "dynamic_conv", "run_as"]
+__all__ = ["CONV", "Strategy", "choose", "convolve", "convolve_each", "dynamic_conv", "run_as"]
 
 Strategy = Literal["single", "grouped", "bmm", "features", "scan", "fused"]
 
@@ -49,6 +54,7 @@ _SMALL_MAP = 100  # positions
 _LARGE_BATCH = 16
 _FEW_KERNELS = 2
 
+_OF_KERNELS = ("grouped", "scan", "features")  # strategies to which kernels that are no mix of a bank can be forced
 _forced: Strategy | None = None
 
 
@@ -94,6 +100,51 @@ def dynamic_conv(
     )
 
 
+def convolve_each(
+    x: Tensor,
+    given: Tensor,
+    make: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    bias: Tensor | None,
+    spec: ConvSpec,
+) -> Tensor:
+    """Convolve each image with a kernel of its own, however the method comes by it.
+
+    As in :func:`dynamic_conv`, the kernels of one chunk of images exist at a time, and backward makes them again. (All
+    at once, and kept for backward, they are under torch.func's transforms and where a graph is traced.)
+
+    Args:
+        x: [B, in, *size].
+        given: [B, ...], what the kernels are made from.
+        make: From any part of ``given`` to the kernels [B', out, in / groups, *kernel] of these images, and what is
+            added to their channels, [B', out] or None.
+        bias: [out], added to every image alike, or None.
+        spec: Shapes, padding and groups of the convolution.
+
+    Returns:
+        [B, out, *size'].
+    """
+    batch, traced, on_cpu = x.shape[0], torch.compiler.is_compiling(), x.device.type == "cpu"
+    strategy: Strategy = _forced if _forced in _OF_KERNELS else "bmm" if spec.is_pointwise else "grouped"
+    if batch < 2 and not traced:
+        strategy = "single"
+
+    def run(part: Tensor, made_from: Tensor) -> Tensor:
+        kernels, biases = make(made_from)
+        if strategy == "single":  # a batch of none has no kernel, and any will do
+            kernels = kernels.sum(0, keepdim=True)
+        out = _run(strategy, part, kernels, bias, spec)
+        return out if biases is None else out + per_channel(biases, out)
+
+    size = _images(spec.kernel_params * x.element_size()) if on_cpu else batch
+    if traced or strategy in ("single", "scan") or (on_cpu and batch <= size):
+        return run(x, given)
+    chunks = zip(x.split(size), given.split(size), strict=True)
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return torch.cat([run(*chunk) for chunk in chunks])
+    # Backward repeats it up to where the last tensor that it needs is there: the kernels, not the convolution.
+    return torch.cat([checkpoint(run, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
 @contextmanager
 def run_as(strategy: Strategy) -> Iterator[None]:
     """Within the context every dynamic convolution of the process runs as told, as an export may need.
@@ -131,7 +182,11 @@ def choose(x: Tensor, bank: Tensor, spec: ConvSpec) -> Strategy:
 
 def _chunk(bank: Tensor) -> int:
     """Images whose assembled kernels fill one chunk."""
-    return max(_CHUNK_IMAGES, _CHUNK_BYTES * bank.shape[1] // (bank.numel() * bank.element_size()))
+    return _images(bank.numel() * bank.element_size() // bank.shape[1])
+
+
+def _images(kernel_bytes: int) -> int:
+    return max(_CHUNK_IMAGES, _CHUNK_BYTES // kernel_bytes)
 
 
 def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
@@ -141,6 +196,8 @@ def _run(strategy: Strategy, x: Tensor, kernels: Tensor, bias: Tensor | None, sp
         return _scan(x, kernels, bias, spec)
     if strategy == "single":
         return convolve(x, kernels.squeeze(0), bias, spec, spec.groups)
+    if strategy == "features":
+        return _by_taps(x, kernels, bias, spec)
     return _grouped(x, kernels, bias, spec)
 
 
@@ -198,6 +255,22 @@ def _scan(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Te
 
     out: Tensor = scan(one, x.new_zeros(()), (x, kernels))[1]
     return out
+
+
+def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    size = spec.output_size(x.shape[2:])
+    x, padding = _padded(x, spec)
+    x = F.pad(x, [side for pad in reversed(padding) for side in (pad, pad)])
+    taps = kernels.flatten(3).unflatten(1, (spec.groups, -1))  # [B, groups, out / groups, in / groups, taps]
+    out: Tensor | None = None
+    for tap, place in enumerate(product(*map(range, spec.kernel_size))):
+        first = [at * d for at, d in zip(place, spec.dilation, strict=True)]
+        seen = (slice(a, a + s * (n - 1) + 1, s) for a, s, n in zip(first, spec.stride, size, strict=True))
+        rows = x[(slice(None), slice(None), *seen)].unflatten(1, (spec.groups, -1)).flatten(3)
+        term = taps[..., tap] @ rows
+        out = term if out is None else out + term
+    assert out is not None
+    return _with_bias(out.reshape(x.shape[0], spec.out_channels, *size), bias)
 
 
 def _features(x: Tensor, bank: Tensor, eta: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dyncompress.layers.annealing import remaining
+from dyncompress.layers.execution import convolve_each
 from dyncompress.layers.method import DynamicConv
 from dyncompress.layers.mixing import full_precision
 from dyncompress.layers.partition import Grid
-from dyncompress.layers.perimage import convolve_each
 from dyncompress.layers.router import RouterLinear, Squeeze
 from dyncompress.layers.spec import ConvSpec
 
@@ -120,7 +120,10 @@ class WarehouseConv(DynamicConv):
     def forward(self, x: Tensor) -> Tensor:
         """Input [B, in, *size] -> [B, out, *size']."""
         self.check_input(x)
-        return convolve_each(x, self.assemble(self.coefficients(x)), self.bias, self.spec)
+        cells = self.cells if self.warehouse is None else self.warehouse.cells()
+        return convolve_each(
+            x, self.coefficients(x), lambda alpha: (self.assemble(alpha, cells), None), self.bias, self.spec
+        )
 
     def coefficients(self, x: Tensor) -> Tensor:
         """Coefficients [B, m, n] of x [B, in, *size], in fp32 at least."""
@@ -146,9 +149,8 @@ class WarehouseConv(DynamicConv):
         z = torch.cat([others[..., : self.first], own, others[..., self.first :], zero], -1)
         return z + self._start.to(z).reshape(self.beta.shape)
 
-    def assemble(self, alpha: Tensor) -> Tensor:
-        """Kernels [B, out, in / groups, *kernel] of coefficients [B, m, n]."""
-        cells = self.cells if self.warehouse is None else self.warehouse.cells()
+    def assemble(self, alpha: Tensor, cells: Tensor) -> Tensor:
+        """Kernels [B, out, in / groups, *kernel] of coefficients [B, m, n] and cells [n, cell_out * cell_in]."""
         space, out, into = self.grid
         with full_precision(cells):
             mixed = alpha.to(cells.dtype).flatten(0, 1) @ cells

@@ -158,7 +158,7 @@ def test_below_one_it_starts_at_the_best_rank(ratio: float) -> None:
     (conv,), (layer,) = statics(SPECS[0]), build(SPECS[0], ratio=ratio, cell=0.5)
     weight = conv.weight.detach()
     layer.load_static(weight, None)
-    kernel = layer.assemble(layer.coefficients(torch.randn(1, 4, 4, 4)))[0]
+    kernel = layer.assemble(layer.coefficients(torch.randn(1, 4, 4, 4)), layer.cells.flatten(1))[0]
     # 16 cells of 2 x 2 in space-major order
     pieces = weight.reshape(2, 2, 2, 2, 4).permute(4, 0, 2, 1, 3).reshape(16, 4)
     left_out = torch.linalg.svdvals(pieces)[len(layer.cells) :]
