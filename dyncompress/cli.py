@@ -1,4 +1,4 @@
-"""The command line: ``dyncompress plan | run | report | methods``."""
+"""The command line: ``dyncompress plan | run | report | methods | presets``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dyncompress.allocator import keep_freed_memory
 from dyncompress.budget import Budget
 from dyncompress.comparison import compare, reference, tables
 from dyncompress.errors import DynCompressError, RecipeError
+from dyncompress.layers import get_method
 from dyncompress.recipe import read_recipe
 
 WIDTH = 120  # columns, where there is no terminal to ask
@@ -25,7 +26,8 @@ EPILOG = """examples:
   dyncompress run recipes/digits.yaml --target 33% --epochs 5   compress, fine-tune, compare, report
   dyncompress run --help                                      every key of a recipe
   dyncompress report runs/                                    all results side by side
-  dyncompress methods --channels 256 --size 14 --measure      what each method costs on a convolution, and takes"""
+  dyncompress methods --channels 256 --size 14 --measure      what each method costs on a convolution, and takes
+  dyncompress presets --method odconv                         networks of papers, by name"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     # A recipe's options are the recipe parser's business: whatever this parser does not know goes there.
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command in ("report", "methods"):
+    if rest and arguments.command in ("report", "methods", "presets"):
         parser.error(f"{arguments.command} does not take {' '.join(rest)}")
     try:
         if arguments.command == "plan":
@@ -49,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(rest)
         elif arguments.command == "report":
             _report(arguments.folder, arguments.out)
-        else:
+        elif arguments.command == "methods":
             _methods(arguments)
+        else:
+            _presets(arguments)
     except DynCompressError as error:
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"dyncompress: {error}")
         return 2
@@ -89,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         methods.add_argument(f"--{option}", type=int, default=value, metavar="N", help=f"{text} (default: {value})")
     methods.add_argument("--measure", action="store_true", help="time them on this machine, one thread, one image")
     methods.add_argument("--json", action="store_true", help="as JSON")
+    presets = commands.add_parser("presets", help="list the networks of papers that have a name", allow_abbrev=False)
+    presets.add_argument("--method", default=None, metavar="NAME", help="those of one method")
     return parser
 
 
@@ -149,3 +155,18 @@ def _methods(arguments: argparse.Namespace) -> None:
     console = _console()
     for part in tables(entries, site):
         console.print(part, highlight=False)
+
+
+def _presets(arguments: argparse.Namespace) -> None:
+    from dyncompress.catalogue import preset_table
+    from dyncompress.presets import list_presets
+
+    if arguments.method is not None:
+        get_method(arguments.method)
+    presets = [preset for preset in list_presets() if arguments.method in (None, preset.method)]
+    if not presets:
+        have = ", ".join(sorted({preset.method for preset in list_presets()}))
+        raise DynCompressError(f"method {arguments.method} has no preset; these have some: {have}")
+    console = _console()
+    console.print(preset_table(presets), highlight=False)
+    console.print('\nfor a network of that form: preset: NAME in a recipe, DynCompress(preset="NAME")', highlight=False)
