@@ -1,7 +1,7 @@
 """Even-sized kernels with symmetric padding: a 3x3 convolution at 4/9 of its cost.
 
-Paper: Wu, Wang, Yuan, Shi, "Convolution with even-sized kernels and symmetric padding", NeurIPS 2019, arXiv 1903.08385,
-section 3. A 2x2 kernel has no centre: padded on one side it moves the image by half a pixel, layer after layer. So the
+Paper: Wu, Wang, Tang, Chen, Shi, "Convolution with even-sized kernels and symmetric padding", NeurIPS 2019, arXiv
+1903.08385. A 2x2 kernel has no centre: padded on one side it moves the image by half a pixel, layer after layer. So the
 input channels are split in four, each quarter is padded at another corner, and the half pixels cancel out::
 
     y = sum over the quarters q of: conv_2x2(pad_q(x_q), w_q),  pads: bottom right, top left, bottom left, top right
@@ -54,7 +54,7 @@ class C2sp(PerLayer):
         DynCompressError: If g is no number of kernels.
 
     Source:
-        arXiv 1903.08385, section 3.
+        arXiv 1903.08385.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
 """CondConv: a layer mixes E kernels with one coefficient each, predicted from its own input.
 
 Paper: Yang, Bender, Le, Ngiam, "CondConv: Conditionally Parameterized Convolutions for Efficient Inference",
-arXiv 1904.04971, section 3. For image b::
+NeurIPS 2019, arXiv 1904.04971. For image b::
 
     alpha[b] = sigmoid(R GAP(x[b]) + r)                      [E]
     y[b] = (sum_i alpha[b, i] * W_i) conv x[b] + bias
@@ -47,7 +47,7 @@ class CondConv(PerLayer):
         DynCompressError: If an option has no such value.
 
     Source:
-        arXiv 1904.04971, section 3; timm's networks have 4 and 8 experts.
+        arXiv 1904.04971; timm's networks have 4 and 8 experts.
     """
 
     name: ClassVar[str]

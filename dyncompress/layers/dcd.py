@@ -1,7 +1,7 @@
 """DCD: a static kernel whose output channels are scaled, and a dynamic low-rank one beside it.
 
 Paper: Li, Chen, Dai, Liu, Chen, Yu, Yuan, Liu, Chen, Vasconcelos, "Revisiting Dynamic Convolution via Matrix
-Decomposition", ICLR 2021, arXiv 2103.08756, section 4: "dynamic channel fusion". For image b::
+Decomposition", ICLR 2021, arXiv 2103.08756: its "dynamic channel fusion". For image b::
 
     W[b] = Lambda(x[b]) W_0 + P Phi(x[b]) Q^T
 
@@ -67,7 +67,7 @@ class Dcd(PerLayer):
         DynCompressError: If an option has no such value.
 
     Source:
-        arXiv 2103.08756, section 4; L and the hidden units, max(in, L^2) / 16, as in the authors' ResNet-50.
+        arXiv 2103.08756; L and the hidden units, max(in, L^2) / 16, as in the authors' ResNet-50.
     """
 
     name: ClassVar[str]

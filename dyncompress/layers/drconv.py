@@ -1,13 +1,13 @@
 """DRConv: every position of an image belongs to a region, and every region has a kernel of its own.
 
-Paper: Chen, Wang, Guo, Zhang, Sun, "Dynamic Region-Aware Convolution", CVPR 2021, arXiv 2003.12243, section 3. With m
+Paper: Chen, Wang, Guo, Zhang, Sun, "Dynamic Region-Aware Convolution", CVPR 2021, arXiv 2003.12243. With m
 regions and K kernels, for image b and output position p::
 
     region[b, p] = argmax_r (G conv x[b])[r, p]                                 guide G, m channels
     c[b] = 2 sigmoid(R GAP(x[b]) + r) / K                                       [m, K]
     y[b, p] = ((sum_i c[b, region[b, p], i] * W_i) conv x[b])[p] + bias
 
-Backward the argmax is a softmax (section 3.4): the guide learns from what each region's kernel would have returned.
+Backward the argmax is a softmax: the guide learns from what each region's kernel would have returned.
 
 The authors' operator is written for CUDA only. Two portable ways of computing the same are used here:
 
@@ -68,7 +68,7 @@ class DRConv(PerLayer):
         DynCompressError: If an option has no such value.
 
     Source:
-        arXiv 2003.12243, section 3; the authors' networks have 8 regions and 8 kernels.
+        arXiv 2003.12243; the authors' networks have 8 regions and 8 kernels.
     """
 
     name: ClassVar[str]

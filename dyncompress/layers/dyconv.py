@@ -1,7 +1,7 @@
 """DY-CNN: a layer mixes K kernels with attention over them, which sums to one.
 
-Paper: Chen, Dai, Liu, Chen, Yuan, Liu, "Dynamic Convolution: Attention over Convolution Kernels", arXiv 1912.03458,
-section 3. For image b::
+Paper: Chen, Dai, Liu, Chen, Yuan, Liu, "Dynamic Convolution: Attention over Convolution Kernels", CVPR 2020,
+arXiv 1912.03458. For image b::
 
     pi[b] = softmax(V relu(U GAP(x[b]) + u) / T)             [K], T falls from 30 to 1
     y[b] = (sum_k pi[b, k] * W_k) conv x[b] + sum_k pi[b, k] * bias_k
@@ -56,7 +56,7 @@ class DyConv(PerLayer):
         DynCompressError: If an option has no such value.
 
     Source:
-        arXiv 1912.03458, section 3; the paper has K = 4, reduction 4, and temperature 30 -> 1 in its first 10 epochs.
+        arXiv 1912.03458; the paper has K = 4, reduction 4, and temperature 30 -> 1 in its first 10 epochs.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
 """DyNet: each output channel mixes its own g kernels with coefficients predicted from the block's input.
 
 Paper: Zhang, Zhang, Wang, Wang, "DyNet: Dynamic Convolution for Accelerating Convolutional Neural Networks",
-arXiv 2004.10694, section 3.2. For image b and output channel t::
+arXiv 2004.10694. For image b and output channel t::
 
     eta[b, t, i] = sigmoid(router(GAP(x_block[b])))[t, i]
     y[b, t] = (sum_i eta[b, t, i] * bank[t, i]) conv x[b] + bias[t]

@@ -1,6 +1,6 @@
 """ODConv: attention along all four dimensions of a bank of kernels: position, input channel, output channel, kernel.
 
-Paper: Li, Zhou, Yao, "Omni-Dimensional Dynamic Convolution", ICLR 2022, arXiv 2209.07947, section 3. For image b, with
+Paper: Li, Zhou, Yao, "Omni-Dimensional Dynamic Convolution", ICLR 2022, arXiv 2209.07947. For image b, with
 h = relu(U GAP(x[b]) + u) and T that falls from 30 to 1::
 
     c = 2 sigmoid(C h / T)     [in]         f = 2 sigmoid(F h / T)   [out]
@@ -76,7 +76,7 @@ class ODConv(PerLayer):
         DynCompressError: If an option has no such value.
 
     Source:
-        arXiv 2209.07947, section 3; hidden units max(in / 16, 16) and temperature 30 -> 1 as in the paper's code.
+        arXiv 2209.07947; hidden units max(in / 16, 16) and temperature 30 -> 1 as in the paper's code.
     """
 
     name: ClassVar[str]

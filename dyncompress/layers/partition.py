@@ -10,8 +10,8 @@ from dyncompress.layers.spec import ConvSite
 
 __all__ = ["Grid", "Store", "stored"]
 
-# A layer of m cells has a router of m (n + 1) rows in a warehouse of n. The authors have 552 cells at most, and those of
-# 1/18 of the widest layer at least. Widths that share a small divisor only (37 and 75: 1) would make far more of them.
+# A layer of m cells has a router of m (n + 1) rows in a warehouse of n. The authors have 552 cells at most, and those
+# of 1/18 of the widest layer at least. Widths that share a small divisor only (37 and 75: 1) would make far more.
 _MOST_CELLS, _SMALLEST_CELL = 1024, 24
 
 
