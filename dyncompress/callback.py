@@ -232,7 +232,8 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         """Compare the teacher with the checkpoint's; where nothing was trained yet, see to a good start."""
         assert self._student is not None
         self._check_teacher(trainer)
-        if self._student.original is not None and trainer.global_step == 0 and self.recalibrate:
+        wanted = self.recalibrate and (self._student.has_norms or self.warm_start.fit != "plain")
+        if wanted and self._student.original is not None and trainer.global_step == 0:
             try:
                 inputs = training_inputs(trainer, pl_module, self._student.network, self.recalibrate)
             except TraceError as error:

@@ -34,7 +34,7 @@ def hold(net: nn.Module) -> None:
 
     Example:
         >>> hold(student)  # doctest: +SKIP
-        >>> anneal(student, step / steps, warmup=0.2)  # before every step; doctest: +SKIP
+        >>> anneal(student, step / steps, warmup=0.2)  # doctest: +SKIP
     """
     for router in _routers(net):
         router.hold()

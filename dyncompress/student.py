@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyncompress.compensation import WarmStart
 from dyncompress.conversion import convert, convert_, plan_of, resolve
@@ -39,6 +40,11 @@ class Student:
     def plan(self) -> Plan | None:
         """The plan that the network was converted by."""
         return plan_of(self.inner)
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether it has BatchNorms, whose statistics conversion leaves to be estimated."""
+        return any(isinstance(m, _BatchNorm) for m in self.inner.modules())
 
     def convert(self, plan: Plan, seed: int) -> None:
         """Carry a plan out, from the original; on an error the network is what it was.

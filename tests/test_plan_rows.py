@@ -96,7 +96,7 @@ def test_the_file_entry_by_entry(plan: Plan) -> None:
         "out": [8, 4], "macs": [16 * 8 * 64, 6 * 4 * 64],
     }  # fmt: skip
     assert (data["target"], data["method"], data["importance"]) == ("50%, 60% params", "dynet", "magnitude")
-    assert data["options"] == {"g": 4, "router": "block", "reduction": None, "placement": "auto"}
+    assert data["options"] == {"g": 4, "router": "block", "reduction": None, "group_width": 1, "placement": "auto"}
     assert data["network"]["fingerprint"] == plan.fingerprint
 
 

@@ -187,7 +187,8 @@ def test_classes_beside_the_recipe_are_found_while_it_runs(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_of_the_repository_are_complete(path: Path) -> None:
-    recipe = read_recipe([str(path)])
+    root = ["--data.root", "folder"] if path.name == "camvid.yaml" else []  # the others download or need no data
+    recipe = read_recipe([str(path), *root])
     model, data = build(recipe.model, "model"), build(recipe.data, "data")
-    assert {recipe.score, "val_acc"} == {"test_acc", "val_acc"}
+    assert recipe.score in ("test_acc", "test_miou")
     assert hasattr(model, "training_step") and hasattr(data, "train_dataloader")

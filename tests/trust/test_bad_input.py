@@ -350,10 +350,10 @@ MESSAGES: dict[str, tuple[Callable[[], object], tuple[str, str, str]]] = {
     "target, huge integer": (lambda: Budget.parse(10**5000), ("16610 bits", "'1.2G'", "write")),
     "target, fraction": (lambda: Budget.parse(Fraction(1, 3)), ("Fraction(1, 3)", "0.33", "write")),  # type: ignore[arg-type]
     "target, above 1": (lambda: Budget.parse(1.5), ("1.5", "'1.2G'", "write")),
-    "alpha": (lambda: DistillConfig(alpha=10**400), ("1329 bits", "from 0 on", "1.0 weighs both")),
+    "alpha": (lambda: DistillConfig(alpha=10**400), ("1329 bits", "from 0 on", "1 is usual")),
     "temperature": (lambda: DistillConfig(temperature=1e30), ("1e+30", "0.001 to 10000", "1 to 10 is usual")),
-    "kind": (lambda: DistillConfig(kind=[]), ("[]", "logits, mse", "choose")),  # type: ignore[arg-type]
-    "features": (lambda: DistillConfig(features={3: 1.0}), ("3", "text of a module's path", "a name is")),  # type: ignore[dict-item]
+    "kind": (lambda: DistillConfig(kind=[]), ("[]", "logits, dist, dkd, channels, mse", "choose")),  # type: ignore[arg-type]
+    "features": (lambda: DistillConfig(features={3: 1.0}), ("3", "names of modules are text", "such as 'layer3'")),  # type: ignore[dict-item]
     "method": (lambda: configured("dynett", {}), ("'dynett'", "known: c2sp, condconv", "did you mean")),
     "method, no name": (lambda: configured(["dynet"], {}), ("['dynet']", "known: c2sp, condconv", "did you mean")),  # type: ignore[arg-type]
     "option": (lambda: configured("dynet", {"G": 4}), ("'G'", "g, router, reduction, placement", "use one of those")),
