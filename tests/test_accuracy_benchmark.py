@@ -269,6 +269,7 @@ for ranking in RANKINGS:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (LIBRARIES / "installed").exists(), reason="the libraries of the zoo are missing; run `make .zoo/installed`"
 )

@@ -209,6 +209,7 @@ for net, preset in (("resnet18", "dy-resnet18"), ("resnet50", "odconv-resnet50-1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (LIBRARIES / "installed").exists(), reason="run `make .zoo/installed`")
 def test_networks_of_other_people_have_the_same_roles():
     command = [sys.executable, "-c", OTHERS]
