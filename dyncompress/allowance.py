@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dyncompress.errors import SearchError, shown
 
-_DROP = re.compile(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(points?|absolute)\s*", re.I)
+_DROP = re.compile(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(points?|absolute|)\s*", re.I)
 _LEAST_POINTS = 0.05
 
 
@@ -85,6 +85,8 @@ class Drop:
         Raises:
             SearchError: If it is no drop.
         """
+        if isinstance(given, Drop):
+            return given
         value, unit = given, ""
         if isinstance(given, str) and (match := _DROP.fullmatch(given)):
             unit = match[2].lower().rstrip("s").replace("point", "points")
@@ -98,6 +100,23 @@ class Drop:
                 " 92), or '0.02 absolute', in the score's own unit"
             )
         return cls(str(given), float(value), unit)  # type: ignore[arg-type]
+
+    @classmethod
+    def alone(cls, given: object, **others: object) -> Drop | None:
+        """`parse` what was given as max_drop, if anything, beside nothing else that decides what the student costs.
+
+        Raises:
+            SearchError: If it is no drop, or one of the others is given too.
+        """
+        if given is None:
+            return None
+        for key, value in others.items():
+            if value is not None:
+                raise SearchError(
+                    f"{key} {shown(value)} is given beside max_drop {shown(given)}, which finds the cost itself; leave"
+                    " one of them out"
+                )
+        return cls.parse(given)
 
     def of(self, baseline: float) -> float:
         """The drop in the unit of a score, of which the original's is known.

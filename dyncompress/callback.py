@@ -21,17 +21,18 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from typing_extensions import override
 
-from dyncompress.budget import Budget, Target, readable
+from dyncompress.allowance import Drop, SearchConfig
+from dyncompress.budget import Budget, Target
 from dyncompress.checkpoint import read_plan
 from dyncompress.compensation import WarmStart
 from dyncompress.conversion import plan_of, recalibrate, resolve
 from dyncompress.distillation import DistillConfig, Teacher, fingerprint
-from dyncompress.errors import DistillationError, DynCompressError, PlanError, TraceError, shown
+from dyncompress.errors import DistillationError, DynCompressError, PlanError, SearchError, TraceError, shown
 from dyncompress.graph import bare
 from dyncompress.host import (
     NotYetError,
@@ -49,12 +50,14 @@ from dyncompress.patch import Patch
 from dyncompress.plan import Plan
 from dyncompress.planning import asked_method, check_shares, make_plan
 from dyncompress.presets import find_preset
+from dyncompress.probing import search_in_fit
 from dyncompress.restoring import careful_loading, follow, plans_of
 from dyncompress.schedules import anneal, check_warmup, hold, progress
+from dyncompress.search import Found
 from dyncompress.student import Student
-from dyncompress.teachers import Given, known_teacher, listed, load_teacher
+from dyncompress.teachers import Given, check_teacher, known_teacher, listed, load_teacher
 from dyncompress.teaching import TaughtStep
-from dyncompress.tracking import log_plan, log_summary
+from dyncompress.tracking import log_plan, log_search, log_summary, reached
 
 _PACKAGES = [name for name in ("lightning.pytorch", "pytorch_lightning") if find_spec(name.partition(".")[0])]
 if not _PACKAGES:
@@ -94,6 +97,9 @@ class DynCompress(*_BASES):  # type: ignore[misc]
             coefficients make of the input is scaled by a share that rises from 0 to 1; see `schedules.hold`.
         save_teacher: Put the teacher's weights into the checkpoints, so that a resumed run finds it there.
         seed: Of what tells the kernels of a dynamic layer apart.
+        max_drop: Instead of a target: points of the validation score that may be lost, ``1.0`` say (`Drop`). The
+            cheapest network within them is searched with short trainings before this one (docs/max_drop.md).
+        search: How: which score, how long to train, when to stop; a `SearchConfig`.
 
     Raises:
         DynCompressError: If a value is out of its range, or there is neither target nor plan.
@@ -126,16 +132,21 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         warmup: float = 0.0,
         save_teacher: bool = False,
         seed: int = 0,
+        max_drop: float | str | None = None,
+        search: SearchConfig | None = None,
     ) -> None:
         super().__init__()
+        self.max_drop = Drop.alone(max_drop, target=target, plan=plan, preset=preset)
+        self.search, self.found = search or SearchConfig(), cast("Found | None", None)
         paper = None if preset is None else find_preset(preset)
-        if target is None and plan is None and paper is None:
+        if target is None and plan is None and paper is None and max_drop is None:
             raise PlanError("DynCompress has neither target nor plan; give target='33%', say, or plan= a file")
         if plan is not None and paper is not None:
             raise PlanError(f"preset {shown(preset)} is given beside a plan, which says it all; leave one of them out")
         if target is not None:
             Budget.parse(target)
-        check_shares(allocation, importance, measured=False)
+        searched = max_drop is not None and allocation == "sensitivity"  # then there are data to measure it
+        check_shares("uniform" if searched else allocation, importance, measured=False)
         chosen = asked_method(method, options, paper)
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
             raise DynCompressError(
@@ -225,13 +236,15 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         if trainer.is_global_zero:
             settings = {"distill": asdict(self.distill) if self.distill else False, "seed": self.seed}
             log_plan(trainer.loggers, self._student.plan, settings, trainer.global_step)
+            if self.found is not None:
+                log_search(self.found, trainer.loggers, trainer.global_step)
             trainer.print(self._told(self._student.plan))
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Compare the teacher with the checkpoint's; where nothing was trained yet, see to a good start."""
         assert self._student is not None
-        self._check_teacher(trainer)
+        check_teacher(self._teacher, self.teacher, self._restored, trainer.print)
         wanted = self.recalibrate and (self._student.has_norms or self.warm_start.fit != "plain")
         if wanted and self._student.original is not None and trainer.global_step == 0:
             try:
@@ -286,7 +299,9 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         """Convert now, or after the hook of the LightningModule that builds its network or opens its data."""
         try:
             self._compress(trainer, module)
-        except NotYetError:
+        except NotYetError as error:
+            if self.max_drop is not None:
+                raise SearchError(f"max_drop trains copies of the module, and this is too early: {error}") from error
             # A patch looks like what it replaces, so Lightning would skip one on a hook that is not overridden.
             later = [name for name in ("setup", "configure_model") if overrides(module, name)]
             if not later:
@@ -334,7 +349,12 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         else:
             example = example_of(trainer, module, network) if self.example is None else placed(self.example, network)
             how: dict[str, Any] = {"method": self.method} if self.preset is None else {"preset": self.preset}
-            plan = make_plan(inner, example, self.target, options=self.options, **how, **self.shape)
+            how |= {"options": self.options, **self.shape}
+            if self.max_drop is not None:
+                self.found = search_in_fit(trainer, module, self, example, how)
+                trainer.print(f"DynCompress: {self.found.why}")
+                return resolve(inner, self.found.plan)
+            plan = make_plan(inner, example, self.target, **how)
         return resolve(inner, plan)
 
     def _start(self, trainer: Any, inputs: list[Any]) -> None:
@@ -368,31 +388,12 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         """Bring the module into the shapes of a checkpoint, before its weights are loaded."""
         follow(plans_of(checkpoint, module, self.module), trainer, module, self._student, self, self.seed)
 
-    def _check_teacher(self, trainer: Any) -> None:
-        saved = self._restored.get("teacher")
-        if self._teacher is None or saved in (None, self._teacher.fingerprint):
-            return
-        if self.teacher is not None:
-            trainer.print(f"DynCompress: teacher {self._teacher.fingerprint} takes the place of {saved}, as asked")
-        elif "teacher_weights" in self._restored:
-            self._teacher.load(self._restored["teacher_weights"], saved)
-        else:
-            raise DistillationError(
-                f"the checkpoint's student was taught by network {saved}, and this one is {self._teacher.fingerprint}"
-                " (hashes of their weights): the module was not built with the weights that training started from;"
-                " pass teacher=<file or network>, or train with save_teacher=True"
-            )
-
     # ---- the rest ------------------------------------------------------------------------------------------------
 
     def _told(self, plan: Plan) -> str:
         asked = plan.target if self.target is None or self.plan is not None else str(Budget.parse(self.target))
         other = "" if asked == plan.target else f" (a checkpoint's plan for {plan.target} decides)"
-        return (
-            f"DynCompress: asked {asked}{other}, reached {plan.ratio:.2%} of the MACs ({readable(plan.macs_before)} >"
-            f" {readable(plan.macs_after)}) and {plan.params_after / plan.params_before:.2%} of the parameters"
-            f" ({readable(plan.params_before)} > {readable(plan.params_after)}) with {plan.method}"
-        )
+        return f"DynCompress: asked {asked}{other}, reached {reached(plan)} with {plan.method}"
 
     def _undo(self) -> None:
         while self._patches:

@@ -104,6 +104,11 @@ def _plan(words: Sequence[str]) -> None:
     from dyncompress.subject import Subject
 
     recipe = read_recipe(words, "dyncompress plan")
+    if recipe.max_drop is not None:
+        raise RecipeError(
+            "max_drop takes trainings to find a plan - `dyncompress run` does them - or ask for a target, with"
+            " --max_drop null --target 33%"
+        )
     subject = Subject.of(recipe)
     network = subject.network(subject.model)
     console = _console()

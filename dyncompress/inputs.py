@@ -59,7 +59,7 @@ def example_of(trainer: Any, module: Any, network: nn.Module) -> Any:
             f"{type(module).__name__} has no example_input_array, and there is no Trainer to take a batch from; pass"
             " example=, what the network's forward takes"
         )
-    with _same_randomness():
+    with same_randomness():
         batch = _first_batch(trainer, module)
         here = next(network.parameters()).device
         batch = module._on_before_batch_transfer(batch)
@@ -76,7 +76,7 @@ def training_inputs(trainer: Any, module: Any, network: nn.Module, count: int) -
     # With manual optimisation a training step may update another network before it calls this one.
     names = ("training_step",) if module.automatic_optimization else ("validation_step",)
     found = []
-    with _same_randomness():
+    with same_randomness():
         for batch in islice(_batches(trainer.train_dataloader), count):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch)
@@ -194,7 +194,8 @@ def _muted(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _same_randomness() -> Iterator[None]:
+def same_randomness() -> Iterator[None]:
+    """All random number generators are afterwards what they were."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):

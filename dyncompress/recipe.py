@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from dyncompress.allowance import Drop, SearchConfig
 from dyncompress.budget import Budget
 from dyncompress.compensation import WarmStart
 from dyncompress.distillation import DistillConfig
@@ -52,6 +53,9 @@ class Recipe:
         module: Name of the network in the LightningModule, where there are several.
         target: What the student may cost: 33%, 0.33, 1.2G, "350k params", "60% latency"; several limits as
             "33%, 50% params". Without one, a preset's widths.
+        max_drop: Instead of a target: points of the validation score that may be lost, 1.0 say; the cheapest network
+            within them is searched (docs/max_drop.md).
+        search: How that search goes about it.
         method: What its convolutions become; `dyncompress methods` lists the names. dynet by default.
         preset: Instead of a method: a paper's network, such as dy-resnet18; docs/presets.md lists the names.
         options: Options of the method.
@@ -66,6 +70,7 @@ class Recipe:
         distill: How the student learns from the original.
         baseline: The network to compress.
         epochs: Epochs of fine-tuning, for the student and the control alike.
+        narrowing_steps: In how many steps each is narrowed, the epochs shared out among them; 1 for at once.
         seeds: One student and one control are fine-tuned per seed.
         score: Name under which the module's test step logs what to compare; higher is better.
         control: Also fine-tune the static network of the same MACs.
@@ -80,6 +85,8 @@ class Recipe:
     model: dict[str, Any]
     data: dict[str, Any]
     target: str | float | tuple[str | float, ...] | None = None
+    max_drop: float | str | None = None
+    search: SearchConfig = field(default_factory=SearchConfig)
     method: str | None = None
     preset: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +101,7 @@ class Recipe:
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: Baseline = field(default_factory=Baseline)
     epochs: int = 5
+    narrowing_steps: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
     score: str = "test_acc"
     control: bool = True
@@ -107,16 +115,22 @@ class Recipe:
 
     def __post_init__(self) -> None:
         paper = None if self.preset is None else find_preset(self.preset)
-        if self.target is not None or paper is None:
+        drop = Drop.alone(self.max_drop, target=self.target, preset=self.preset)
+        if drop is None and (self.target is not None or paper is None):
             Budget.parse(self.target)  # type: ignore[arg-type]  # what is no target is refused with what is one
         own = paper is not None and self.method == paper.method  # as a recipe says that was written by to_dict
         object.__setattr__(self, "method", asked_method(None if own else self.method, self.options, paper).name)
         check_shares(self.allocation, self.importance)
         least = {"epochs": (self.epochs, 1), "baseline.epochs": (self.baseline.epochs, 1), "threads": (self.threads, 0),
-                 "batches": (self.batches, 1)}  # fmt: skip
+                 "batches": (self.batches, 1), "narrowing_steps": (self.narrowing_steps, 1)}  # fmt: skip
         for key, (count, lowest) in least.items():
             if count < lowest:
                 raise RecipeError(f"{key} is {count} - a number from {lowest} - raise it")
+        if self.narrowing_steps > self.epochs:
+            raise RecipeError(
+                f"narrowing_steps is {self.narrowing_steps} and epochs {self.epochs} - at least one epoch for each"
+                " step - take fewer steps, or more epochs"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise RecipeError(f"seeds are {list(self.seeds)} - distinct numbers from 0, at least one - correct them")
 

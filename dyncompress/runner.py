@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dyncompress import gradual
 from dyncompress.arms import Arm, Score
 from dyncompress.bundle import save
 from dyncompress.callback import DynCompress
@@ -35,9 +36,10 @@ from dyncompress.plan import Plan
 from dyncompress.prediction import unchanged
 from dyncompress.recipe import Recipe, importable
 from dyncompress.report import Report
+from dyncompress.search import told
 from dyncompress.sensitivity import Progress
 from dyncompress.subject import Subject, quiet
-from dyncompress.tracking import log_report
+from dyncompress.tracking import log_report, log_search
 
 # May differ from those that a folder was begun with: where results go and what they are called, and more seeds.
 FREE = ("out", "name", "folder", "wandb", "seeds")
@@ -159,13 +161,34 @@ class Run:
         if paths["student"].exists():
             plans = {arm: Plan.load(path) for arm, path in paths.items() if path.exists()}
         else:
-            with self.console.status("planning") as status:
-                plans = self.subject.plans(telling(status))
+            if self.subject.recipe.max_drop is not None:
+                plans = self.subject.with_control(self.search())
+            else:
+                with self.console.status("planning") as status:
+                    plans = self.subject.plans(telling(status))
             for arm, path in paths.items():
                 if arm in plans:
                     plans[arm].save(path)
         self.console.print(plans["student"].table())
         return plans
+
+    def search(self) -> Plan:
+        """The cheapest plan within the recipe's ``max_drop``; scores of its trainings are kept in the folder."""
+
+        def train(plan: Plan, epochs: int, seed: int) -> float:
+            module = deepcopy(self.subject.model)
+            with self._printing(f"search-{plan.target}-seed{seed}"):
+                self._fit(seed, module, epochs, [self._callback(plan, seed)], False)
+                return self.subject.validate(module)
+
+        with told(self.console, "search") as progress:
+            found = self.subject.cheapest(train, self.folder / "search", progress)
+        self.console.print(found.table())
+        with self.loggers("search", self.subject.recipe.seeds[0]) as loggers:
+            log_search(found, loggers, 0)
+            for logger in loggers:
+                logger.save()  # no training does it
+        return found.plan
 
     def missing(self, plans: dict[str, Plan]) -> list[tuple[str, int]]:
         """Arms and seeds without a score, the student of the last seed last."""
@@ -176,19 +199,27 @@ class Run:
     def finetune(self, arm: str, seed: int, plan: Plan, loggers: list[Any]) -> None:
         """Convert a copy of the original in the Trainer, distil it, score it."""
         subject, recipe, started = self.subject, self.subject.recipe, time.perf_counter()
-        module = deepcopy(subject.model)
-        callback = DynCompress(
-            plan=plan,
-            distill=recipe.distill,
-            warmup=recipe.warmup,
-            warm_start=recipe.warm_start,
-            module=subject.path,
-            seed=seed,
-        )
-        score = self._train(arm, seed, module, recipe.epochs, [callback], loggers)
+        *before, last = gradual.lengths(recipe.epochs, recipe.narrowing_steps)
+        module, plan = self._narrowed(arm, seed, plan, before)
+        teacher = subject.network(subject.model) if before else None
+        score = self._train(arm, seed, module, last, [self._callback(plan, seed, teacher)], loggers)
         if arm == "student" and seed == recipe.seeds[0]:
             save(subject.network(module), self.folder / "student.safetensors")
         self._record(arm, seed, score, recipe.epochs, started)
+
+    def _narrowed(self, arm: str, seed: int, plan: Plan, lengths: list[int]) -> tuple[Any, Plan]:
+        """A copy of the module, brought near a plan in trained steps of these lengths; the plan with its channels."""
+        subject, left = self.subject, gradual.everything(plan)
+        original, module = subject.network(subject.model), deepcopy(subject.model)
+        for step, epochs in enumerate(lengths, 1):
+            way = gradual.next_plan(subject.network(module), plan, left, step / (len(lengths) + 1))
+            name, left = f"{arm}-step{step}", gradual.channels_of(way)
+            with self.loggers(name, seed) as loggers:
+                self._train(name, seed, module, epochs, [self._callback(way, seed, original)], loggers)
+            wide = gradual.put_back(subject.network(module), original, way, subject.example)
+            module = deepcopy(subject.model)
+            subject.network(module).load_state_dict(wide.state_dict())
+        return module, gradual.next_plan(subject.network(module), plan, left, 1) if lengths else plan
 
     def report(self, plans: dict[str, Plan]) -> Report:
         """Measure the networks against each other and put everything together."""
@@ -239,17 +270,36 @@ class Run:
         def tell(text: str) -> None:
             status.update(f"{label}  {text}  {time.perf_counter() - started:.0f} s")
 
-        # What a training prints goes to a file beside its metrics: the terminal has one line per training.
-        printed = self.folder / LOGS / f"{arm}-seed{seed}.txt"
-        printed.parent.mkdir(exist_ok=True)
-        with printed.open("w", encoding="utf-8") as file, redirect_stdout(file), self.console.status(label) as status:
-            subject.lightning.seed_everything(seed)
-            watch = progress(subject.lightning, tell)
-            trainer = subject.trainer(max_epochs=epochs, logger=loggers, callbacks=[*callbacks, watch])
-            trainer.fit(module, subject.data)
-            if trainer.interrupted:  # some releases of Lightning return after Ctrl-C as if all were well
-                raise KeyboardInterrupt
+        with self._printing(f"{arm}-seed{seed}"), self.console.status(label) as status:
+            self._fit(seed, module, epochs, [*callbacks, progress(subject.lightning, tell)], loggers)
             return subject.test(module, logger=loggers)
+
+    def _fit(self, seed: int, module: Any, epochs: int, callbacks: list[Any], loggers: Any) -> None:
+        self.subject.lightning.seed_everything(seed)
+        trainer = self.subject.trainer(max_epochs=epochs, logger=loggers, callbacks=callbacks)
+        trainer.fit(module, self.subject.data)
+        if trainer.interrupted:  # some releases of Lightning return after Ctrl-C as if all were well
+            raise KeyboardInterrupt
+
+    def _callback(self, plan: Plan, seed: int, teacher: Any = None) -> Any:
+        recipe = self.subject.recipe
+        return DynCompress(
+            plan=plan,
+            teacher=teacher,
+            distill=recipe.distill,
+            warmup=recipe.warmup,
+            warm_start=recipe.warm_start,
+            module=self.subject.path,
+            seed=seed,
+        )
+
+    @contextmanager
+    def _printing(self, name: str) -> Iterator[None]:
+        """What a training prints goes to a file beside its metrics: the terminal has one line per training."""
+        printed = self.folder / LOGS / f"{name}.txt"
+        printed.parent.mkdir(exist_ok=True)
+        with printed.open("w", encoding="utf-8") as file, redirect_stdout(file):
+            yield
 
     def _record(self, arm: str, seed: int, score: float, epochs: int, started: float) -> None:
         """Write a score at once: the next arm may not come to its end."""

@@ -31,7 +31,7 @@ from dyncompress import files
 from dyncompress.allowance import Drop, SearchConfig, finite
 from dyncompress.budget import readable
 from dyncompress.distillation import fingerprint
-from dyncompress.errors import SearchError, shown
+from dyncompress.errors import SearchError
 from dyncompress.graph import bare
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan, reachable
@@ -165,12 +165,8 @@ def cheapest(
         SearchError: If the drop can't be understood, a score is no number, or no student is cheaper than the original.
     """
     config = config or SearchConfig()
-    for key in ("target", "preset", "table"):
-        if how.get(key) is not None:
-            raise SearchError(
-                f"{key} {shown(how[key])} is given beside max_drop, which finds the cost itself; leave one out"
-            )
-    asked = max_drop if isinstance(max_drop, Drop) else Drop.parse(max_drop)
+    asked = Drop.alone(max_drop, **{key: how.get(key) for key in ("target", "preset", "table")})
+    assert asked is not None
     drop = asked.of(finite(baseline, "of the original"))
     reach = reachable(net, example, **{key: value for key, value in how.items() if key in _RANGE})
     if reach.lowest >= reach.original:

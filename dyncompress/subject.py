@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dyncompress.host import find_network
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
 from dyncompress.recipe import Recipe, build, importable, suggest
+from dyncompress.search import Found, Train, cheapest
 from dyncompress.sensitivity import Progress, measure
 
 # What the recipe decides itself, and where.
@@ -100,18 +102,36 @@ class Subject:
         Raises:
             RecipeError: If the data cannot be read, or the test step logs no such score.
         """
+        return self._scored("test", "score", self.recipe.score, module, arguments)
+
+    def validate(self, module: Any, **arguments: Any) -> float:
+        """The score on validation data that a search goes by.
+
+        Raises:
+            RecipeError: If there are none, or the validation step logs no such score.
+        """
+        return self._scored("validation", "search.score", self.recipe.search.score, module, arguments)
+
+    def _scored(self, stage: str, key: str, name: str, module: Any, arguments: dict[str, Any]) -> float:
+        trainer = self.trainer(**arguments)
+        run = trainer.test if stage == "test" else trainer.validate
+        unfit: Any = import_module(f"{self.lightning.__name__}.utilities.exceptions").MisconfigurationException
         try:
-            results = self.trainer(**arguments).test(module, self.data, verbose=False)
+            results = run(module, self.data, verbose=False)
+        except unfit as error:
+            raise RecipeError(
+                f"{key}: no {stage} can be run ({error}) - a {stage} step and data for it - add them"
+            ) from error
         except OSError as error:
             raise RecipeError(
                 f"data: {type(self.data).__name__} failed with {type(error).__name__}: {error} - files that it can "
                 "read - check the arguments of data"
             ) from error
         found = {name: value for result in results for name, value in result.items()}
-        if self.recipe.score not in found:
-            problem = f"the test step of {type(module).__name__} logs no {self.recipe.score!r}"
-            raise RecipeError(f"score: {problem}{suggest(self.recipe.score, found)}")
-        return float(found[self.recipe.score])
+        if name not in found:
+            problem = f"the {stage} step of {type(module).__name__} logs no {name!r}"
+            raise RecipeError(f"{key}: {problem}{suggest(name, found)}")
+        return float(found[name])
 
     def plan(self, progress: Progress | None = None) -> Plan:
         """The student's plan, at the weights that the module has now; progress of what it takes measuring."""
@@ -121,10 +141,37 @@ class Subject:
 
     def plans(self, progress: Progress | None = None) -> dict[str, Plan]:
         """The student's plan, and its control's: the static network that costs as many MACs as the student."""
-        student = self.plan(progress)
+        return self.with_control(self.plan(progress))
+
+    def with_control(self, student: Plan) -> dict[str, Plan]:
+        """A student's plan, and its control's."""
         if not self.recipe.control or self.recipe.method == "static":
             return {"student": student}
         return {"static": self._plan({"method": "static"}, student.macs_after, {}), "student": student}
+
+    def cheapest(self, train: Train, folder: Path, progress: Progress | None = None) -> Found:
+        """The cheapest plan within the recipe's ``max_drop``, at the weights that the module has now.
+
+        Args:
+            train: As for `search.cheapest`.
+            folder: Where its scores are kept.
+            progress: Told of what is measured, and of every training.
+        """
+        recipe = self.recipe
+        assert recipe.max_drop is not None
+        return cheapest(
+            self.network(self.model),
+            self.example,
+            train,
+            recipe.max_drop,
+            baseline=self.validate(self.model),
+            config=recipe.search,
+            cache=folder,
+            progress=progress,
+            method=recipe.method,
+            options=recipe.options,
+            **self._how(progress),
+        )
 
     def check(self) -> None:
         """Raise where the plans can't be made or their data can't be read; nothing is measured."""
@@ -132,6 +179,9 @@ class Subject:
         replace(self, recipe=recipe).plans()
         if self._measures:
             self.batches(1)
+        if recipe.max_drop is not None:
+            with quiet(self.lightning):
+                self.validate(self.model, limit_val_batches=min(1, recipe.trainer.get("limit_val_batches", 1)))
 
     def batches(self, count: int) -> list[Any]:
         """The first training batches.
@@ -157,6 +207,11 @@ class Subject:
     def _plan(
         self, how: dict[str, Any], target: Target | None, options: dict[str, Any], progress: Progress | None = None
     ) -> Plan:
+        how = {**how, **self._how(progress)}
+        return make_plan(self.network(self.model), self.example, target, options=options, **how)
+
+    def _how(self, progress: Progress | None) -> dict[str, Any]:
+        """What `make_plan` is told of widths and channels; sensitivities are measured, where they are not there."""
         recipe, network = self.recipe, self.network(self.model)
         batches = self.batches(recipe.batches) if self._measures else []
         channels: dict[str, Any] = {"importance": recipe.importance}
@@ -174,19 +229,14 @@ class Subject:
                 progress=progress,
                 **channels,
             )
-        return make_plan(
-            network,
-            self.example,
-            target,
-            **how,
-            options=options,
-            allocation=recipe.allocation,
-            sensitivity=sensitivity,
-            ignore=recipe.ignore,
-            static=recipe.static,
-            floors=recipe.floors,
+        return {
+            "allocation": recipe.allocation,
+            "sensitivity": sensitivity,
+            "ignore": recipe.ignore,
+            "static": recipe.static,
+            "floors": recipe.floors,
             **channels,
-        )
+        }
 
 
 def lightning_of(model: object) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -64,6 +64,35 @@ def load_teacher(given: Given, student: Student, trainer: Any = None) -> Teacher
     if trainer is not None and not trainer.is_global_zero:
         network.load_state_dict(found)
     return Teacher(network)
+
+
+def check_teacher(
+    teacher: Teacher | None, given: Given, restored: Mapping[str, Any], tell: Callable[[str], Any]
+) -> None:
+    """Compare a resumed run's teacher with the checkpoint's; take the checkpoint's weights where they are there.
+
+    Args:
+        teacher: Who teaches now, if anybody.
+        given: What the user gave.
+        restored: The callback's state in the checkpoint.
+        tell: Told of another teacher that is there as asked.
+
+    Raises:
+        DistillationError: If it is another one, and nobody asked for that.
+    """
+    saved = restored.get("teacher")
+    if teacher is None or saved in (None, teacher.fingerprint):
+        return
+    if given is not None:
+        tell(f"DynCompress: teacher {teacher.fingerprint} takes the place of {saved}, as asked")
+    elif "teacher_weights" in restored:
+        teacher.load(restored["teacher_weights"], saved)
+    else:
+        raise DistillationError(
+            f"the checkpoint's student was taught by network {saved}, and this one is {teacher.fingerprint}"
+            " (hashes of their weights): the module was not built with the weights that training started from;"
+            " pass teacher=<file or network>, or train with save_teacher=True"
+        )
 
 
 def known_teacher(given: Given) -> Teacher:

@@ -12,9 +12,11 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
+from .budget import readable
 from .plan import LayerPlan, Plan
 from .plotting import pixels
 from .report import Report
+from .search import Found
 
 Cells = tuple[list[str], list[list[Any]]]
 """Columns and rows of a table."""
@@ -51,6 +53,14 @@ def scalars(report: Report) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def reached(plan: Plan) -> str:
+    """What a plan costs, as part of a sentence."""
+    return (
+        f"{plan.ratio:.2%} of the MACs ({readable(plan.macs_before)} > {readable(plan.macs_after)}) and"
+        f" {plan.params_ratio:.2%} of the parameters ({readable(plan.params_before)} > {readable(plan.params_after)})"
+    )
+
+
 def log_plan(loggers: Sequence[Any], plan: Plan, settings: Mapping[str, Any], step: int) -> None:
     """Log what was decided, when training starts: scalars, hyper-parameters, and for W&B table and artifact.
 
@@ -75,6 +85,23 @@ def log_plan(loggers: Sequence[Any], plan: Plan, settings: Mapping[str, Any], st
         logger.log_metrics(metrics=scalars_of(plan), step=step)
         if _wandb_run(logger) is not None:
             _log_plan_to_wandb(logger, plan, None)
+
+
+def log_search(found: Found, loggers: Sequence[Any], step: int | None = None) -> None:
+    """Log what a search for the cheapest network came to; W&B gets its probes as a table, and a summary.
+
+    Args:
+        found: What it came to.
+        loggers: The Trainer's loggers.
+        step: Step to log at; default: the logger's own.
+    """
+    columns, rows = found.rows()
+    for logger in loggers:
+        logger.log_metrics(metrics=found.metrics(), step=step)
+        run = _wandb_run(logger)
+        if run is not None:
+            logger.log_table(key="search/probes", columns=columns, data=rows, step=step)
+            run.summary.update(found.metrics())
 
 
 def log_summary(loggers: Sequence[Any], plan: Plan, best: Mapping[str, float]) -> None:

@@ -17,11 +17,11 @@ ORDER = """
     layers.drconv layers.dyco3d layers.c2sp layers.partition layers.warehouse layers.kernelwarehouse layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
     sharing tracing cost importance marginal budget planfile plan
-    allocation knapsack selection ridge compensation conversion folding losses answers distillation hints
+    allocation knapsack selection ridge compensation conversion gradual folding losses answers distillation hints
     latency evaluation taylor ranking sensitivity allocator provenance latencytable prediction worth pacing
     roles warehouses presets planning allowance search
     plotting arms report tracking bundle formats exporting checkpoint
-    host schedules student patch restoring teachers inputs teaching callback
+    host schedules student patch restoring teachers inputs teaching probing callback
     recipe subject loggers runner comparison catalogue cli __main__
 """.split()
 HOST = "callback"  # the first module that may know Lightning or W&B; those above it work on any torch network
