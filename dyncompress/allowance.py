@@ -22,7 +22,7 @@ class SearchConfig:
         trainings: How many trainings there are at most, repeated ones included.
         tolerance: The search ends when the cheapest plan within the drop costs at most this part more than the dearest
             that is not.
-        repeats: Trainings of one plan at most, each with another seed.
+        repeats: Trainings of one plan at most, each with another seed; of the one that is found, exactly.
         noise: Standard deviation of a score from seed to seed, in the unit of the drop; by default a quarter of the
             drop. The mean of n scores that is within noise / sqrt(n) of the limit asks for another.
         cache: Folder for the scores, one JSON file per network, weights, score and epochs.
@@ -33,7 +33,7 @@ class SearchConfig:
 
     score: str = "val_acc"
     epochs: int = 1
-    trainings: int = 12
+    trainings: int = 20
     tolerance: float = 0.05
     repeats: int = 3
     noise: float | None = None

@@ -3,7 +3,9 @@
 A narrower network scores less: with that, bisection finds the place. The search halves the range of MACs that the
 network can be brought to, in ratios: the next plan costs the geometric mean of the cheapest that was within the drop
 and the dearest that was not. A score that is nearer to the limit than its noise is no answer, so that such a plan is
-trained again with another seed, and the mean decides.
+trained again with another seed, and the mean decides. The cheapest that seems good enough is likelier than others to
+have been lucky: before it is the answer, it is trained with as many seeds as are allowed, and the search goes on above
+it where the mean of them is not good enough.
 
 Trainings are short, so that a probe scores less than the network will after the whole training: what is found errs on
 the safe side. Every score is written as soon as it is there, and none is asked for twice.
@@ -176,40 +178,37 @@ def cheapest(
     noise = drop / 4 if config.noise is None else config.noise * drop / asked.value
     low, high = reach.lowest / reach.original, min(1.0, reach.highest / reach.original)
     bisection = _Bisection(low, high, config.tolerance)
-    probes: dict[str, Probe] = {}
-    plans: dict[str, Plan] = {}
-    used = 0
-    while (share := bisection.next()) is not None and used < config.trainings:
-        target = f"{math.ceil(share * 1e4) / 100:.2f}%"
-        plan = make_plan(net, example, target, **how)
-        key = _digest(plan)
-        if key not in probes:  # small networks have few costs: another target may give the same plan
-            scores: list[float] = []
-            while used < config.trainings and _undecided(scores, baseline - drop, noise, config.repeats):
-                if progress is not None:
-                    progress(used, config.trainings, f"{target}, seed {len(scores)}")
-                scores.append(file.score(key, len(scores), plan, train, config.epochs))
-                used += 1
-            within = fmean(scores) >= baseline - drop
-            probes[key], plans[key] = Probe(target, plan.macs_after, plan.ratio, tuple(scores), within), plan
-        bisection.tell(share, probes[key].within)
+    trials = _Trials(
+        baseline - drop, noise, config, lambda key, seed, plan: file.score(key, seed, plan, train, config.epochs)
+    )
+    while True:
+        share, best = bisection.next(), trials.cheapest
+        done = share is None and (best is None or trials.confirmed(best))
+        if done or trials.used >= config.trainings:
+            break
+        if share is not None:
+            key = trials.add(share, make_plan(net, example, _percent(share), **how))
+            trials.decide(key, progress)
+            bisection.tell(share, trials.within(key))
+        elif best is not None:  # cheapest of several that seemed good enough: likelier than others to have been lucky
+            trials.once(best, progress)
+            if not trials.within(best):
+                bisection.retract(
+                    max(trials.shares[best]), min((min(trials.shares[k]) for k in trials.good), default=high)
+                )
     if progress is not None:
         progress(config.trainings, config.trainings, "")
-    good = [key for key, probe in probes.items() if probe.within]
     ended = (
-        f"bounds are within {config.tolerance:.0%}"
-        if bisection.closed
-        else f"{used} trainings were allowed, and are over"
+        f"bounds are within {config.tolerance:.0%}" if done else f"{trials.used} trainings were allowed, and are over"
     )
-    if good:
-        best = min(good, key=lambda key: probes[key].macs)
-        why = f"{probes[best].ratio:.2%} of the MACs is the cheapest within the drop; {ended}"
-        plan = plans[best]
+    if best is not None:
+        plan, count = trials.plans[best], len(trials.scores[best])
+        why = f"{plan.ratio:.2%} of the MACs is the cheapest within the drop, on average of {count}; {ended}"
     else:
-        plan = make_plan(net, example, f"{math.ceil(high * 1e4) / 100:.2f}%", **how)
+        plan = make_plan(net, example, _percent(high), **how)
         why = f"no student was within the drop, {ended}: this is the widest one, {plan.ratio:.2%} of the MACs"
-        why += "; train longer (search.epochs), or allow more" if _digest(plan) in probes else ", untried"
-    return Found(plan, bool(good), why, tuple(probes.values()), baseline, drop)
+        why += "; train longer (search.epochs), or allow more" if _digest(plan) in trials.plans else ", untried"
+    return Found(plan, best is not None, why, trials.probes, baseline, drop)
 
 
 @contextmanager
@@ -228,9 +227,8 @@ class _Bisection:
     """
 
     def __init__(self, low: float, high: float, tolerance: float) -> None:
-        self.low, self.high, self.tolerance = low, high, tolerance
+        self.low, self.high, self.tolerance, self.top = low, high, tolerance, high
         self.tried_low = self.tried_high = False
-        self.closed = False
 
     def next(self) -> float | None:
         """The next cost to try; None when the search is over."""
@@ -240,7 +238,6 @@ class _Bisection:
             return self.high
         if not self.tried_low:
             return self.low
-        self.closed = True
         return None
 
     def tell(self, share: float, within: bool) -> None:
@@ -255,11 +252,76 @@ class _Bisection:
         else:
             self.low, self.tried_low = share, True
 
+    def retract(self, share: float, above: float) -> None:
+        """What was within the drop is not, after all; above it, the nearest that still is."""
+        self.tried_high = above != self.top
+        self.low, self.tried_low, self.high = share, True, above
 
-def _undecided(scores: list[float], limit: float, noise: float, repeats: int) -> bool:
-    if not scores:
-        return True
-    return len(scores) < repeats and abs(fmean(scores) - limit) < noise / math.sqrt(len(scores))
+
+class _Trials:
+    """Plans that were tried, by what they do: small networks have few costs, so that two targets may give one plan."""
+
+    def __init__(
+        self, limit: float, noise: float, config: SearchConfig, train: Callable[[str, int, Plan], float]
+    ) -> None:
+        self.limit, self.noise, self.config, self.train = limit, noise, config, train
+        self.plans: dict[str, Plan] = {}
+        self.scores: dict[str, list[float]] = {}
+        self.shares: dict[str, list[float]] = {}
+        self.used = 0
+
+    def add(self, share: float, plan: Plan) -> str:
+        key = _digest(plan)
+        self.plans.setdefault(key, plan)
+        self.scores.setdefault(key, [])
+        self.shares.setdefault(key, []).append(share)
+        return key
+
+    def once(self, key: str, progress: Progress | None) -> None:
+        """Train it with the next seed."""
+        plan, scores = self.plans[key], self.scores[key]
+        if progress is not None:
+            progress(self.used, self.config.trainings, f"{plan.target}, seed {len(scores)}")
+        scores.append(self.train(key, len(scores), plan))
+        self.used += 1
+
+    def decide(self, key: str, progress: Progress | None) -> None:
+        """Train it until its mean score is clear of the limit."""
+        while self.used < self.config.trainings and not self._clear(self.scores[key]):
+            self.once(key, progress)
+
+    def _clear(self, scores: list[float]) -> bool:
+        if not scores:
+            return False
+        far = abs(fmean(scores) - self.limit) >= self.noise / math.sqrt(len(scores))
+        return far or len(scores) >= self.config.repeats
+
+    def within(self, key: str) -> bool:
+        return fmean(self.scores[key]) >= self.limit
+
+    def confirmed(self, key: str) -> bool:
+        """Whether it was trained as often as is allowed; once is enough where scores have no noise."""
+        return len(self.scores[key]) >= (self.config.repeats if self.noise else 1)
+
+    @property
+    def good(self) -> list[str]:
+        return [key for key in self.plans if self.within(key)]
+
+    @property
+    def cheapest(self) -> str | None:
+        return min(self.good, key=lambda key: self.plans[key].macs_after, default=None)
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return tuple(
+            Probe(plan.target, plan.macs_after, plan.ratio, tuple(self.scores[key]), self.within(key))
+            for key, plan in self.plans.items()
+        )
+
+
+def _percent(share: float) -> str:
+    """A target, rounded up: the narrowest student has one, too."""
+    return f"{math.ceil(share * 1e4) / 100:.2f}%"
 
 
 def _digest(plan: Plan) -> str:
