@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from dyncompress import gradual
+from dyncompress.allowance import SearchConfig
 from dyncompress.arms import Arm, Score
 from dyncompress.bundle import save
 from dyncompress.callback import DynCompress
@@ -43,6 +44,8 @@ from dyncompress.tracking import log_report, log_search
 
 # May differ from those that a folder was begun with: where results go and what they are called, and more seeds.
 FREE = ("out", "name", "folder", "wandb", "seeds")
+# What changes nothing: a folder that was begun before there were these keys goes on with them.
+INERT = {"max_drop": None, "search": json.loads(json.dumps(asdict(SearchConfig()))), "narrowing_steps": 1}
 
 
 def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
@@ -118,9 +121,10 @@ class Run:
         asked = json.loads(json.dumps(recipe.to_dict()))
         if begun.exists():
             before = json.loads(begun.read_text("utf-8"))
-            odd = [key for key in asked if key not in FREE and before["recipe"].get(key) != asked[key]]
+            known = {**INERT, **before["recipe"]}
+            odd = [key for key in asked if key not in FREE and known.get(key) != asked[key]]
             if odd:
-                was, now_asked = before["recipe"].get(odd[0]), asked[odd[0]]
+                was, now_asked = known.get(odd[0]), asked[odd[0]]
                 raise RecipeError(
                     f"{folder} was begun with another recipe: {odd[0]} was {was!r}, is {now_asked!r} - the same recipe "
                     "goes on where it stopped - choose another folder with --out, or remove this one"

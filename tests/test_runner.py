@@ -151,6 +151,21 @@ def test_a_folder_holds_one_recipe(
         run(**change)
 
 
+def test_a_folder_from_before_there_were_some_keys_goes_on(
+    run: Callable[..., tuple[Report, str]], tmp_path: Path
+) -> None:
+    run()
+    begun = tmp_path / "out/recipe.json"
+    content = json.loads(begun.read_text())
+    for key in ("max_drop", "search", "narrowing_steps"):
+        del content["recipe"][key]
+    begun.write_text(json.dumps(content))
+    _, told = run()
+    assert not trainings(told)
+    with pytest.raises(RecipeError, match="epochs was 1, is 2"):
+        run(narrowing_steps=2, epochs=2)
+
+
 def test_a_wrong_recipe_leaves_nothing_behind(run: Callable[..., tuple[Report, str]], tmp_path: Path) -> None:
     with pytest.raises(dyncompress.DynCompressError, match="can't be reached"):
         run(target="1%")
