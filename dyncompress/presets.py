@@ -280,7 +280,8 @@ def _dynet(
 def _odconv(kernels: int, network: str, form: str, *rows: tuple[str, float | None, float | None]) -> Preset:
     return Preset(
         f"odconv-{network.lower().replace('-', '')}-{kernels}x", f"ODConv ({kernels}x) in {network}", form, "odconv",
-        {"kernels": kernels, **_ALL}, _EVERYWHERE - {"shortcut"}, published=_published(*rows),
+        {"kernels": kernels, "linear": form == "linear", **_ALL}, _EVERYWHERE - {"shortcut"} | {"linear"},
+        published=_published(*rows),
     )  # fmt: skip
 
 
@@ -321,6 +322,8 @@ _PRESETS = (
             ("MobileNetV2 0.5", 2.43, 101.8)),
     _odconv(4, "MobileNetV2", "mobile", ("MobileNetV2", 11.51, 327.1), ("MobileNetV2 0.75", 7.50, 226.3),
             ("MobileNetV2 0.5", 4.44, 106.4)),
+    _odconv(1, "ConvNeXt-T", "linear"),
+    _odconv(4, "ConvNeXt-T", "linear"),
     _dyconv("ResNet10", "basic"),
     _dyconv("ResNet18", "basic", ("ResNet-18", 42.7, 1850)),
     _dyconv("MobileNetV2", "mobile", ("MobileNetV2", 11.1, 312.9), ("MobileNetV2 0.75", None, 217.5),
@@ -331,6 +334,7 @@ _PRESETS = (
     Preset("dcd-resnet50", "DCD in ResNet50", "bottleneck", "dcd", _ALL, frozenset({"block"})),
     Preset("dcd-mobilenetv2", "DCD in MobileNetV2", "mobile", "dcd", _ALL, frozenset({"expand", "project"}),
            _dcd_inverted),
+    Preset("dcd-convnextt", "DCD in ConvNeXt-T", "linear", "dcd", {"linear": True, **_ALL}, frozenset({"linear"})),
     _warehouse(0.25, "ResNet18", "basic", ("ResNet-18", 4.08, None)),
     _warehouse(0.5, "ResNet18", "basic", ("ResNet-18", 7.43, None)),
     _warehouse(1, "ResNet18", "basic", ("ResNet-18", 11.93, None)),

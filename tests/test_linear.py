@@ -15,7 +15,7 @@ import dyncompress as dc
 from dyncompress.conversion import narrowed
 from dyncompress.cost import count_params, measure_macs
 from dyncompress.errors import PlanError
-from dyncompress.layers import ConvSite, ConvSpec, KernelWarehouse, Static, TokenConv
+from dyncompress.layers import ConvSite, ConvSpec, Dcd, KernelWarehouse, Method, ODConv, Static, TokenConv
 from dyncompress.layers.warehouse import WarehouseConv
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan, reachable
@@ -207,6 +207,35 @@ def test_everything_where_it_is_asked_for() -> None:
     student = dc.convert(net, plan).eval()
     torch.testing.assert_close(student(IMAGES), net(IMAGES), rtol=0, atol=1e-4)
     assert measure_macs(student, IMAGES) == plan.macs_after
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ODConv(linear=True), ODConv(kernels=4, linear=True), Dcd(linear=True), Dcd(latent=3, linear=True)],
+    ids=str,
+)
+def test_tokens_are_the_positions_of_a_pointwise_convolution(method: Method) -> None:
+    """On tokens [B, H, W, C] a layer computes what the same layer does on images [B, C, H, W], with its 1x1 kernel."""
+    pointwise, tokens = (method.build([ConvSite("c", ConvSpec(6, 8, (1,) * n), 20)])[0].double() for n in (2, 1))
+    for p in pointwise.parameters():
+        nn.init.normal_(p)  # nothing is neutral: what is squeezed counts
+    tokens.load_state_dict({n: v.reshape(tokens.state_dict()[n].shape) for n, v in pointwise.state_dict().items()})
+    x = torch.randn(3, 6, 4, 5, dtype=torch.double)
+    found = TokenConv(tokens)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, pointwise(x), rtol=1e-12, atol=1e-12)
+    zero = pointwise(0 * x)
+    assert not torch.allclose(pointwise(2 * x) - zero, 2 * (pointwise(x) - zero), rtol=0.1)  # the mean has its say
+
+
+@pytest.mark.parametrize("name", ["odconv", "dcd"])
+def test_an_option_makes_them_dynamic_in_other_methods(net: nn.Module, name: str) -> None:
+    assert [c.name for c in make_plan(net, IMAGES, "90%", name).choices] == ["patches"]
+    plan = make_plan(net, IMAGES, "90%", name, options={"linear": True, "placement": "all"})
+    assert {c.name for c in plan.choices if c.method.name == name} == {c.name for c in plan.choices} - {"patches"}
+    student = dc.convert(net, plan).eval()
+    torch.testing.assert_close(student(IMAGES), narrowed(net, plan).eval()(IMAGES), rtol=0, atol=1e-4)
+    assert measure_macs(student, IMAGES) == plan.macs_after
+    assert count_params(student) == plan.params_after
 
 
 def test_only_methods_that_say_so_replace_them(net: nn.Module) -> None:

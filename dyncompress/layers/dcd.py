@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from dyncompress.layers.channels import per_channel, scaled
 from dyncompress.layers.execution import CONV, convolve
 from dyncompress.layers.method import DynamicConv, Method, PerLayer, register_method
-from dyncompress.layers.options import check_count
+from dyncompress.layers.options import check_count, check_flag
 from dyncompress.layers.placement import better_static, check_placement
 from dyncompress.layers.router import LIMIT, RouterLinear, Squeeze
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
@@ -62,6 +62,8 @@ class Dcd(PerLayer):
             ones by their scale alone.
         pool: The router reads means over a grid of pool parts in every spatial dimension; then in * pool^ndim replaces
             in, in the sizes of hidden layer and router.
+        linear: Whether linear layers are sites, too: as pointwise convolutions over the tokens of an image, whose mean
+            the router reads. Of such layers the authors replace the classifier alone.
 
     Raises:
         DynCompressError: If an option has no such value.
@@ -77,6 +79,7 @@ class Dcd(PerLayer):
     latent: int | None = None
     placement: Literal["auto", "all"] = "auto"
     pool: int = 1
+    linear: bool = False
 
     def __post_init__(self) -> None:
         if self.latent is not None:
@@ -84,6 +87,7 @@ class Dcd(PerLayer):
             check_count("latent", self.latent, "dimensions", 1, _MOST_LATENT, advice)
         check_count("pool", self.pool, "parts", 1, 8, "1 for the mean of the image, or 2 for those of its quarters")
         check_placement(self.placement)
+        check_flag("linear", self.linear, "whether linear layers are wanted")
 
     def place(self, site: ConvSite) -> tuple[Method, str]:
         """DCD, or static where channels are grouped: the low-rank part would join what groups keep apart.

@@ -27,8 +27,8 @@ class Method(Protocol):
 
     Its layers keep the contract of ``tests/layers/contract.py``; where one cannot keep a clause, the method says
     why in a class attribute ``exceptions``, {clause: reason}. Another, ``adapts``, says in a few words what of a layer
-    depends on its input, for `dyncompress methods`. With ``linear = True`` linear layers are sites, too: as pointwise
-    convolutions over the positions of one dimension.
+    depends on its input, for `dyncompress methods`. Where ``linear``, a class attribute or an option, is True, linear
+    layers are sites, too: as pointwise convolutions over the positions of one dimension.
 
     Attributes:
         name: Registered name, set by :func:`register_method`.

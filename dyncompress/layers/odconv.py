@@ -33,11 +33,11 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.annealing import Temperature, check_annealing
 from dyncompress.layers.channels import per_channel
 from dyncompress.layers.execution import convolve, dynamic_conv
 from dyncompress.layers.method import Method, PerLayer, register_method
+from dyncompress.layers.options import check_flag
 from dyncompress.layers.placement import affordable, better_static, check_placement, pays
 from dyncompress.layers.router import RouterLinear, Squeeze
 from dyncompress.layers.sharedbank import SharedBank, check_kernels
@@ -71,6 +71,8 @@ class ODConv(PerLayer):
         warmup: Part of the training within which the temperature falls to 1.
         placement: ``"auto"``: give layers fewer kernels, then no spatial attention, where mixing costs more than it can
             give, and leave depthwise and tiny ones static; ``"all"``: everything everywhere.
+        linear: Whether linear layers are sites, too: as pointwise convolutions over the tokens of an image, whose mean
+            the router reads. The paper has none.
 
     Raises:
         DynCompressError: If an option has no such value.
@@ -87,11 +89,12 @@ class ODConv(PerLayer):
     temperature: float = 30.0
     warmup: float = 0.1
     placement: Literal["auto", "all"] = "auto"
+    linear: bool = False
 
     def __post_init__(self) -> None:
         check_kernels("kernels", self.kernels, "1")
-        if type(self.spatial) is not bool:
-            raise DynCompressError(f"spatial {shown(self.spatial)} is neither True nor False: say whether it's wanted")
+        check_flag("spatial", self.spatial, "whether it's wanted")
+        check_flag("linear", self.linear, "whether linear layers are wanted")
         check_annealing(self.temperature, self.warmup)
         check_placement(self.placement)
 

@@ -6,7 +6,7 @@ from typing import TypeGuard
 
 from dyncompress.errors import DynCompressError, shown
 
-__all__ = ["check_count", "check_part", "is_number"]
+__all__ = ["check_count", "check_flag", "check_part", "is_number"]
 
 
 def check_count(option: str, value: object, of: str, least: int, most: int, advice: str) -> None:
@@ -30,6 +30,26 @@ def check_count(option: str, value: object, of: str, least: int, most: int, advi
     """
     if type(value) is not int or not least <= value <= most:
         raise DynCompressError(f"{option} {shown(value)} is no number of {of}: give {advice}")
+
+
+def check_flag(option: str, value: object, of: str) -> None:
+    """Raise unless an option is True or False.
+
+    Args:
+        option: Its name.
+        value: What was given.
+        of: What it decides, in words.
+
+    Raises:
+        DynCompressError: If it is anything else; 0 and 1 are.
+
+    Example:
+        >>> check_flag("linear", 1, "whether linear layers are wanted")
+        Traceback (most recent call last):
+        dyncompress.errors.DynCompressError: linear 1 is neither True nor False: say whether linear layers are wanted
+    """
+    if type(value) is not bool:
+        raise DynCompressError(f"{option} {shown(value)} is neither True nor False: say {of}")
 
 
 def check_part(option: str, value: object, of: str, advice: str) -> None:

@@ -113,7 +113,7 @@ def test_cost_by_hand() -> None:
     assert Dcd().macs([grouped]) == [Macs(147_456 * 784, 0, 16 * (256 + 16 + 128))]
 
 
-@pytest.mark.parametrize("options", [{"latent": 0}, {"latent": 2.0}, {"placement": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{"latent": 0}, {"latent": 2.0}, {"placement": "none"}, {"linear": None}], ids=str)
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(DynCompressError, match=f"^{next(iter(options))} "):
         Dcd(**options)

@@ -134,7 +134,7 @@ def test_cost_by_hand() -> None:
     assert ODConv(1).macs([depthwise]) == [Macs(576 * 196, 576, 16 * (64 + 73))]
 
 
-@pytest.mark.parametrize("options", [{"kernels": 0}, {"spatial": 1}, {"placement": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{"kernels": 0}, {"spatial": 1}, {"placement": "none"}, {"linear": 1}], ids=str)
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(DynCompressError, match=f"^{next(iter(options))} "):
         ODConv(**options)

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from dyncompress.presets import Published, find_preset, list_presets
 from papers.counting import AS_IN_THE_PAPER, convolutions, everything, operations, params, plan
 
+# Networks that the paper has no row for: they are counted, and there is nothing to compare them with.
+UNPUBLISHED = dict.fromkeys(("dcd-convnextt", "odconv-convnextt-1x", "odconv-convnextt-4x"), "ConvNeXt-T")
 COUNTED = {"dynet": convolutions, "odconv": operations, "dyconv": everything}
 
 
 def lines() -> Iterator[str]:
-    """One row per network that a paper gives numbers for."""
+    """One row per network that a paper gives numbers for, or that is none of a paper's."""
     for preset in list_presets():
         if preset.method in COUNTED or preset.name.startswith("dcd"):
-            for row in preset.published:
+            ours = UNPUBLISHED.get(preset.name)
+            for row in (Published(ours, None, None),) if ours is not None else preset.published:
                 yield _line(preset.name, row)
 
 

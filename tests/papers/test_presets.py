@@ -12,13 +12,14 @@ from torch import nn
 
 from benchmarks.zoo import LIBRARIES, ROOT, environment
 from classifiers import classifier, fit
-from dyncompress import DynCompress, Plan, convert, make_plan
+from dyncompress import DynCompress, Plan, convert, export, load_from_checkpoint, make_plan
 from dyncompress.conversion import narrowed, plan_of
 from dyncompress.errors import DynCompressError, PlanError
 from dyncompress.presets import find_preset, list_presets
 from dyncompress.recipe import Recipe
+from newer import writes_onnx
 from papers.mobiles import Inverted, Shuffled, conv
-from papers.resnets import Block
+from papers.resnets import Block, ConvNeXtBlock, Norm
 
 Classifier = classifier()
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -54,12 +55,20 @@ def shuffle() -> nn.Module:
     return nn.Sequential(conv(3, 16, 3, act=nn.ReLU), *blocks, conv(64, 64, 1, act=nn.ReLU), Head(64))
 
 
+def convnext() -> nn.Module:
+    blocks = [ConvNeXtBlock(16), nn.Sequential(Norm(16), nn.Conv2d(16, 32, 2, 2)), ConvNeXtBlock(32)]
+    for i in (0, 2):
+        nn.init.ones_(blocks[i].scale)  # so that what a block computes is seen behind it
+    return nn.Sequential(nn.Sequential(nn.Conv2d(3, 16, 2, 2), Norm(16)), *blocks, Head(32))
+
+
 FORMS = {
     "basic": basic,
     "bottleneck": bottleneck,
     "mobile": mobile,
     "gated": lambda: mobile(gate=True),
     "shuffle": shuffle,
+    "linear": convnext,
 }
 SMALL = [preset.name for preset in list_presets() if preset.form in FORMS]
 # One of every method and form; kernels of a warehouse at a ratio below 1 only come near the static ones.
@@ -136,6 +145,66 @@ def test_odconv_leaves_stem_and_shortcuts():
     assert plan.widths == [group.channels for group in plan.graph.groups]
 
 
+LINEAR = {f"{block}.{layer}" for block in (1, 3) for layer in ("expand", "project")}
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        ("odconv-convnextt-1x", LINEAR | {"1.depthwise", "3.depthwise", "2.1"}),
+        ("odconv-convnextt-4x", LINEAR | {"1.depthwise", "3.depthwise", "2.1"}),
+        ("dcd-convnextt", LINEAR),
+    ],
+)
+def test_of_a_convnext_linear_layers_are_dynamic_too(name, dynamic):
+    plan = make_plan(convnext(), IMAGE, preset=name)
+    reasons = {c.name: c.reason for c in plan.choices if c.method.name == "static"}
+    assert {c.name for c in plan.choices} - reasons.keys() == dynamic
+    assert reasons["4.fc"] == f"static: classifier, which {name} leaves as it is"
+    assert plan.widths == [group.channels for group in plan.graph.groups]
+
+
+def test_macs_of_linear_layers_by_hand():
+    """16 -> 64 on 16x16 tokens: attention to 16 + 64 channels from 16 units; a latent space of 4, 4 hidden units."""
+    for name, kernels, router in (
+        ("odconv-convnextt-1x", 0, 16 * (16 + 16 + 64)),
+        ("odconv-convnextt-4x", 4 * 16 * 64, 16 * (16 + 16 + 64 + 4)),
+        ("dcd-convnextt", 4 * (16 + 4 + 64) * 256, 4 * (16 + 4 + 16 + 64)),
+    ):
+        plan = make_plan(convnext(), IMAGE, preset=name)
+        found = plan.costs.layers(plan.widths)["1.expand"][0]
+        assert (found.conv, found.kernels, found.router) == (16 * 64 * 256, kernels, router)
+
+
+class Tokens(Classifier):
+    """Of 8x8 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = convnext()
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("odconv-convnextt-1x", "pt2"),
+        pytest.param("odconv-convnextt-4x", "onnx", marks=writes_onnx),
+        ("dcd-convnextt", "pt2"),
+    ],
+)
+def test_a_convnext_is_trained_saved_loaded_and_exported(name, suffix, tmp_path):
+    if suffix == "onnx":
+        pytest.importorskip("onnxruntime")
+    module = Tokens()
+    fit(module, DynCompress(preset=name), limit_train_batches=2).save_checkpoint(tmp_path / "a.ckpt")
+    plan = plan_of(module.net)
+    assert plan is not None and plan.allocation == name
+    loaded = load_from_checkpoint(Tokens, tmp_path / "a.ckpt").eval()
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(loaded(x), module.eval()(x))
+    assert export(loaded.net, tmp_path / f"a.{suffix}", x).is_file()  # which is compared with the student before
+
+
 def test_a_target_is_landed_on_with_the_papers_placement():
     plan = make_plan(basic(), IMAGE, "40%", preset="odconv-resnet18-1x")
     assert 0.38 < plan.ratio <= 0.4
@@ -160,7 +229,7 @@ def test_options_go_before_the_presets_and_layers_can_be_left_alone():
     ("given", "message"),
     [
         ({"preset": "dy-resnet-18"}, "did you mean 'dy-resnet18'"),
-        ({"preset": 7}, "no preset 7; choose one of dcd-mobilenetv2"),
+        ({"preset": 7}, "no preset 7; choose one of dcd-convnextt"),
         ({"preset": "dy-resnet50"}, "looked for a ResNet of bottlenecks .* by role: 1 stem, 4 block, 1 shortcut"),
         ({"preset": "dy-mobile"}, "looked for a MobileNetV2"),
         ({"preset": "dy-resnet18", "method": "odconv"}, "'odconv' is given beside preset 'dy-resnet18'"),
@@ -203,7 +272,8 @@ OTHERS = """
 import benchmarks.operators, timm, torch
 import dyncompress as dc
 for net, preset in (("resnet18", "dy-resnet18"), ("resnet50", "odconv-resnet50-1x"), ("mobilenetv2_100", "dy-mobile"),
-                    ("mobilenetv3_small_100", "dycnn-mobilenetv3")):
+                    ("mobilenetv3_small_100", "dycnn-mobilenetv3"), ("convnext_tiny", "odconv-convnextt-1x"),
+                    ("convnext_tiny", "dcd-convnextt")):
     plan = dc.make_plan(timm.create_model(net), torch.zeros(1, 3, 64, 64), preset=preset)
     print(net, sum(c.method.name != "static" for c in plan.choices))
 """
@@ -216,6 +286,7 @@ def test_networks_of_other_people_have_the_same_roles():
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment()}, check=True, capture_output=True, text=True
     )
-    # 16 block convolutions and 3 shortcuts; 48; 17 depthwise ones and 33 others without stem and head; 33 outside gates
+    # 16 block convolutions and 3 shortcuts; 48; 17 depthwise ones and 33 others without stem and head; 33 outside gates;
+    # 18 depthwise ones, 3 between the stages and 36 linear layers; these alone
     assert done.stdout.split() == ["resnet18", "19", "resnet50", "48", "mobilenetv2_100", "50",
-                                   "mobilenetv3_small_100", "33"]  # fmt: skip
+                                   "mobilenetv3_small_100", "33", "convnext_tiny", "57", "convnext_tiny", "36"]  # fmt: skip
