@@ -1,3 +1,5 @@
+"""A folded network computes what the student does; what of it was folded, and what stays."""
+
 from __future__ import annotations
 
 import pytest
@@ -9,7 +11,9 @@ import networks
 from dyncompress.conversion import convert
 from dyncompress.errors import PlanError
 from dyncompress.folding import fold
+from dyncompress.layers import DynamicConv, list_methods
 from dyncompress.planning import make_plan
+from dyncompress.schedules import anneal
 
 
 @pytest.mark.parametrize("network", networks.BATCH_NORMED)
@@ -29,6 +33,78 @@ def test_a_folded_network_computes_the_same(network, method):
 
 def count(net):
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+
+
+ALL = {"placement": "all"}
+FORMS = [
+    ("static", {}),
+    ("c2sp", {}),
+    ("c2sp", {"g": 4}),
+    ("condconv", ALL),
+    ("dyconv", ALL),
+    ("dynet", ALL),
+    ("dynet", {"router": "layer", "reduction": 2, **ALL}),
+    ("dcd", ALL),
+    ("dcd", {"pool": 2, **ALL}),
+    ("odconv", ALL),
+    ("odconv", {"spatial": False, **ALL}),
+    ("odconv", {"kernels": 4, **ALL}),
+    ("odconv", {"kernels": 4, "spatial": False, **ALL}),
+    ("kernelwarehouse", ALL),
+    ("kernelwarehouse", {"ratio": 0.5, **ALL}),
+    ("kernelwarehouse", {"ratio": 2, "basis": 0.5, **ALL}),
+    ("drconv", ALL),
+    ("dyco3d", ALL),  # pointwise layers: the shortcut of one network, two layers of the other and its gate
+    ("dyco3d", {"hidden": 0, **ALL}),
+]
+
+
+def test_every_registered_method_has_a_form():
+    assert {method for method, _ in FORMS} == set(list_methods())
+
+
+@pytest.mark.parametrize(("network", "norms"), [(networks.Residual, 8), (networks.Inverted, 4)])
+@pytest.mark.parametrize(("method", "options"), FORMS, ids=str)
+def test_every_form_folds_every_norm_and_computes_the_same(network, norms, method, options):
+    """In fp64 to 1e-12 of the largest output, in the middle of its schedule, with no parameter where it started."""
+    net, x = networks.make(network)  # whose norms have statistics, scales and shifts
+    student = convert(net, make_plan(net, x, "45%", method, options=options)).double().eval()
+    layers = [m for m in student.modules() if isinstance(m, DynamicConv)]
+    assert bool(layers) == (method != "static")
+    anneal(student, 0.05)
+    with torch.no_grad():
+        for p in (p for layer in layers for p in layer.parameters()):
+            p.add_(0.3 * torch.randn_like(p))
+        batches = (x.double(), x[:1].double())  # shipped layers go ways of their own for one image
+        answers = [student(images) for images in batches]
+        folded = fold(student)
+        assert (count(student), count(folded)) == (norms, 0)
+        for images, expected in zip(batches, answers, strict=True):
+            assert (folded(images) - expected).abs().max() < 1e-12 * expected.abs().max()
+            assert torch.equal(student(images), expected)  # a copy was folded
+
+
+@pytest.mark.parametrize("method", ["static", "kernelwarehouse", "odconv", "dcd"])
+def test_a_norm_behind_a_linear_layer_is_kept(method):
+    """It could be folded by its maths; the channel graph tells of norms behind convolutions only."""
+
+    class Perceptron(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.hidden, self.bn, self.out = (
+                nn.Conv2d(3, 16, 3), nn.Linear(16, 24), nn.BatchNorm1d(24), nn.Linear(24, 2)
+            )  # fmt: skip
+
+        def forward(self, x):
+            return self.out(self.bn(self.hidden(self.conv(x).mean((2, 3)))).relu())
+
+    torch.manual_seed(0)
+    net, x = Perceptron().eval(), torch.randn(2, 3, 8, 8)
+    net.bn.running_mean.normal_()
+    options = {} if method == "static" else ALL if method == "kernelwarehouse" else {"linear": True, **ALL}
+    student = convert(net, make_plan(net, x, "90%", method, options=options))
+    assert count(fold(student)) == 1
+    assert torch.allclose(fold(student)(x), student(x), rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norms_are_gone_and_the_student_is_left_alone():
