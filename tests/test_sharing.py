@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import pytest
 import torch
 
 import dyncompress
 import networks
+from cifar10 import ResNet
+from digits import DigitsNet
 from dyncompress.conversion import convert, narrowed
 from dyncompress.cost import count_params, measure_macs
 from dyncompress.graph import Operation
 from dyncompress.layers import C2sp, ConvSpec, DyNet, KernelWarehouse, Method, Static
+from dyncompress.layers.warehouse import WarehouseConv
 from dyncompress.plan import Plan
 from dyncompress.planning import make_plan
 from dyncompress.sharing import share_of
@@ -75,3 +80,23 @@ def test_a_student_with_even_kernels_folds_and_costs_what_its_plan_says() -> Non
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.stem.modules())
         with torch.no_grad():
             torch.testing.assert_close(folded(x), student(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["50%", "33%", "25%"])
+@pytest.mark.parametrize(
+    ("make", "size"), [(lambda: ResNet(20), (3, 32, 32)), (DigitsNet, (1, 8, 8))], ids=["resnet20", "digits"]
+)
+def test_networks_that_share_by_stage_are_about_as_wide_as_static_ones(make: Any, size: Any, target: str) -> None:
+    """The convolutions have 0.9 of the widths, so 0.81 of the MACs at least; cells are a third of a kernel or more."""
+    net, x = make(), torch.zeros(1, *size)
+    static, plan = (make_plan(net, x, target, method) for method in ("static", "kernelwarehouse"))
+    convolving, reference = (sum(m.conv for m, _ in p.costs.layers(p.widths).values()) for p in (plan, static))
+    assert convolving >= 0.9**2 * reference
+    assert sum(plan.widths) >= 0.85 * sum(static.widths)
+    assert plan.params_after < plan.params_before
+    student = convert(net, plan).eval()
+    assert measure_macs(student, x) == plan.macs_after
+    assert count_params(student) == plan.params_after
+    layers = [m for m in student.modules() if isinstance(m, WarehouseConv)]
+    assert all(layer.grid.pieces <= 3 * layer.grid.space for layer in layers)
+    assert len({layer.warehouse for layer in layers}) < len(layers)

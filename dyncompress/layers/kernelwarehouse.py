@@ -14,8 +14,10 @@ first part of the training. While it is 1, every cell of the layer has its own f
 Deviations from the paper:
 
 * LayerNorm in the router, as the authors have it in ConvNeXt; their BatchNorm can't train on one image.
-* Where widths have no large common divisor, as in narrowed networks, cells overhang the kernel and are cut off. The
-  paper always takes the divisor: cells of 37 for widths of 37 and 74, but of 1 for 37 and 75, thousands of them.
+* Layers whose widths have no large common divisor, as in narrowed networks, don't share. The paper always takes the
+  divisor: cells of 37 for widths of 37 and 74, but of 1 for 37 and 75, thousands of them. Here these have a warehouse
+  each, and by default so have layers on small maps, which would mix more cells than they have output positions:
+  `partition.stored` says which layers share.
 * Each layer holds the cells that start as its own; the warehouse is those of all its layers.
 * A ratio 1/q gives m / q cells to a layer, rounded up as its pattern says; the paper asks that q divides m.
 * A warm start (``load_static``) cuts the static kernel into cells. At ratios below 1 it is the best approximation of
@@ -34,7 +36,7 @@ from torch import nn
 from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.method import Method, register_method
 from dyncompress.layers.options import check_part, is_number
-from dyncompress.layers.partition import Store, stored
+from dyncompress.layers.partition import Grid, Store, stored
 from dyncompress.layers.placement import check_placement
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 from dyncompress.layers.static import Static
@@ -45,6 +47,7 @@ __all__ = ["KernelWarehouse"]
 _RATIOS = (*(1 / q for q in range(8, 1, -1)), *range(1, 9))
 _LEAST_HIDDEN = 16  # of the router
 _LEAST_BASIS = 16
+_MIXING = 1 / 4  # of a convolution's cost: the most that layers share for
 
 
 @register_method("kernelwarehouse")
@@ -63,7 +66,9 @@ class KernelWarehouse:
         reduction: Hidden features of the router over input channels; 16 at least.
         warmup: Part of the training in which tau falls from 1 to 0; the authors have 20 of 300 epochs.
         placement: ``"auto"``: not on depthwise convolutions, nor on what has a single output position, such as a
-            classifier. ``"all"``: there, too, as in the authors' MobileNetV2; depthwise layers share with each other.
+            classifier; and layers share only while none mixes more cells than a quarter of its output positions.
+            ``"all"``: there, too, as in the authors' MobileNetV2, where depthwise layers share with each other, and
+            however many cells that makes.
 
     Raises:
         DynCompressError: If an option has no such value.
@@ -137,9 +142,8 @@ class KernelWarehouse:
             >>> KernelWarehouse().macs([ConvSite("c", ConvSpec(64, 64, (3, 3)), positions=100)])  # m = n = 9
             [Macs(conv=3686400, kernels=331776, router=2464)]
         """
-        store = self._store(sites)
         costs = []
-        for site, grid, owners in zip(sites, store.grids, store.owners, strict=True):
+        for site, store, grid, owners in self._cut(sites):
             kernels = grid.pieces * store.cells * store.out * store.into
             channels, hidden = site.spec.in_channels, _hidden(site.spec, self.reduction)
             others = store.cells - len(owners)
@@ -153,9 +157,8 @@ class KernelWarehouse:
 
     def params(self, sites: Sequence[ConvSite]) -> list[int]:
         """Parameters: a layer's own cells, its bias, and its router: both linear layers and the norm between."""
-        store = self._store(sites)
         counts = []
-        for site, grid, owners in zip(sites, store.grids, store.owners, strict=True):
+        for site, store, grid, owners in self._cut(sites):
             hidden, others = _hidden(site.spec, self.reduction), store.cells - len(owners)
             offsets = grid.pieces * (store.cells + 1)
             if basis := self._basis(others):
@@ -167,33 +170,44 @@ class KernelWarehouse:
         return counts
 
     def build(self, sites: Sequence[ConvSite]) -> list[nn.Module]:
-        """One layer per site, with one warehouse for all."""
-        store = self._store(sites)
+        """One layer per site; those that share hold one warehouse."""
         layers: list[WarehouseConv] = []
-        first = 0
-        for site, grid, owners in zip(sites, store.grids, store.owners, strict=True):
+        filled: dict[int, list[WarehouseConv]] = {}
+        for site, store, grid, owners in self._cut(sites):
+            before = filled.setdefault(store.members[0], [])
             layer = WarehouseConv(
                 site.spec,
                 grid,
                 (store.out, store.into),
                 owners,
-                first,
+                sum(each.own for each in before),
                 store.cells,
                 hidden=_hidden(site.spec, self.reduction),
                 basis=self._basis(store.cells - len(owners)),
                 warmup=self.warmup,
                 whole=self.ratio >= 1,
             )
+            before.append(layer)
             layers.append(layer)
-            first += len(owners)
-        warehouse = Warehouse(layers)
-        for layer in layers:
-            layer.warehouse = warehouse
+        for members in filled.values():
+            warehouse = Warehouse(members)
+            for layer in members:
+                layer.warehouse = warehouse
         return list(layers)
 
-    def _store(self, sites: Sequence[ConvSite]) -> Store:
+    def _stores(self, sites: Sequence[ConvSite]) -> list[Store]:
         out = self.cell if self.cell is not None else 1.0 if self.ratio >= 1 else 0.5
-        return stored(sites, self.ratio, (out, out if self.cell_in is None else self.cell_in))
+        mixing = _MIXING if self.placement == "auto" else math.inf
+        return stored(sites, self.ratio, (out, out if self.cell_in is None else self.cell_in), mixing)
+
+    def _cut(self, sites: Sequence[ConvSite]) -> list[tuple[ConvSite, Store, Grid, list[int]]]:
+        """Per layer its warehouse, how its kernel is cut, and the cells that it brings, in the order of the layers."""
+        cut = {
+            index: (sites[index], store, grid, owners)
+            for store in self._stores(sites)
+            for index, grid, owners in zip(store.members, store.grids, store.owners, strict=True)
+        }
+        return [cut[index] for index in range(len(sites))]
 
     def _basis(self, others: int) -> int:
         """Size of the basis for so many cells of other layers; 0 for none."""

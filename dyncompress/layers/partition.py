@@ -10,9 +10,11 @@ from dyncompress.layers.spec import ConvSite
 
 __all__ = ["Grid", "Store", "stored"]
 
-# A layer of m cells has a router of m (n + 1) rows in a warehouse of n. The authors have 552 cells at most, and those
-# of 1/18 of the widest layer at least. Widths that share a small divisor only (37 and 75: 1) would make far more.
-_MOST_CELLS, _SMALLEST_CELL = 1024, 24
+# A layer of m cells has a router of m (n + 1) rows in a warehouse of n. In the authors' networks a whole divisor cuts a
+# kernel in 32 cells at most, and warehouses have 552. Widths that share a small divisor only (37 and 75: 1) would make
+# far more.
+_MOST_PIECES, _MOST_CELLS = 32, 1024
+_ROUNDING = 1e-9  # 0.1 * 30 is more than 3
 
 
 class Grid(NamedTuple):
@@ -31,12 +33,13 @@ class Grid(NamedTuple):
 class Store(NamedTuple):
     """A warehouse: cells of [out, into] weights, and per layer how its kernel is cut and which cells it brings.
 
-    ``owners`` has, per layer and cell that it brings, the place in the layer's kernel that the cell holds at first, or
-    -1 for none.
+    ``members`` are the layers, by their place among those that were asked for. ``owners`` has, per layer and cell that
+    it brings, the place in the layer's kernel that the cell holds at first, or -1 for none.
     """
 
     out: int
     into: int
+    members: list[int]
     grids: list[Grid]
     owners: list[list[int]]
 
@@ -46,32 +49,61 @@ class Store(NamedTuple):
         return sum(map(len, self.owners))
 
 
-def stored(sites: Sequence[ConvSite], ratio: float, cell: tuple[float, float]) -> Store:
-    """The warehouse of some layers.
+def stored(sites: Sequence[ConvSite], ratio: float, cell: tuple[float, float], mixing: float = math.inf) -> list[Store]:
+    """The warehouses of some layers: one where their widths divide well and maps are large, several elsewhere.
 
-    Cells are as wide as the common divisor of the layers' widths, times ``cell``; 1x1 in space. Where that is below
-    1/24 of the widest layer they are as wide as the narrowest, and where there are still more than 1,024 cells, twice
-    as wide or more; then they overhang some kernels.
+    Cells are 1x1 in space, and as wide as the common divisor of the layers' widths, times ``cell``. In the order of the
+    layers, each joins the first warehouse that can take it, or begins another. One can where the divisor then still
+    cuts every kernel in 32 cells at most (or in those that it has in space, one for each), where it has no more than
+    1,024, and where no layer mixes more of them than ``mixing`` times its output positions: mixing n cells costs a
+    layer what n positions do. So an odd width costs the other layers nothing.
 
     Args:
         sites: The layers.
-        ratio: Cells of the warehouse over those of all kernels: an integer, or one over an integer.
+        ratio: Cells of a warehouse over those of its kernels: an integer, or one over an integer.
         cell: Parts of the common divisor of the output and the input channels.
+        mixing: Multiply-adds of mixing over those of the convolution that layers share for; alone, one may have more.
+
+    Example:
+        >>> from dyncompress.layers.spec import ConvSpec
+        >>> sites = [ConvSite("conv", ConvSpec(16, wide, (3, 3)), positions=64) for wide in (16, 9, 32)]
+        >>> [(store.members, store.out, store.into) for store in stored(sites, 1, (1, 1))]
+        [([0, 2], 16, 16), ([1], 9, 16)]
     """
-    widths = [[site.spec.weight_shape[axis] for site in sites] for axis in (0, 1)]
-    sides = [_side(each, part) for each, part in zip(widths, cell, strict=True)]
-    while _count(sites, *sides) > _MOST_CELLS and any(s < max(each) for s, each in zip(sides, widths, strict=True)):
-        finest = max((0, 1), key=lambda axis: max(widths[axis]) / sides[axis])
+    shared: list[list[int]] = []
+    for index, site in enumerate(sites):
+        for each in shared:
+            if _can_share([*(sites[i] for i in each), site], ratio, cell, mixing):
+                each.append(index)
+                break
+        else:
+            shared.append([index])
+    return [_store(each, [sites[i] for i in each], ratio, cell) for each in shared]
+
+
+def _can_share(sites: Sequence[ConvSite], ratio: float, cell: tuple[float, float], mixing: float) -> bool:
+    whole = _sides(sites, (1, 1))
+    if any(grid.pieces > max(grid.space, _MOST_PIECES) for grid in (_grid(site, *whole) for site in sites)):
+        return False
+    count = _count(sites, *_sides(sites, cell))
+    return count <= _MOST_CELLS and count * ratio <= mixing * min(site.positions for site in sites)
+
+
+def _store(members: list[int], sites: Sequence[ConvSite], ratio: float, cell: tuple[float, float]) -> Store:
+    sides = _sides(sites, cell)
+    widths = [max(site.spec.weight_shape[axis] for site in sites) for axis in (0, 1)]
+    # A layer alone has too many cells where ``cell`` is small: they are as wide as it takes, and may overhang.
+    while _count(sites, *sides) > _MOST_CELLS and any(s < w for s, w in zip(sides, widths, strict=True)):
+        finest = max((0, 1), key=lambda axis: widths[axis] / sides[axis])
         sides[finest] *= 2
     grids = [_grid(site, *sides) for site in sites]
-    return Store(sides[0], sides[1], grids, [_owners(grid.pieces, ratio) for grid in grids])
+    return Store(sides[0], sides[1], members, grids, [_owners(grid.pieces, ratio) for grid in grids])
 
 
-def _side(widths: Sequence[int], part: float) -> int:
-    divisor = math.gcd(*widths)
-    if divisor * _SMALLEST_CELL < max(widths):
-        divisor = min(widths)
-    return max(int(divisor * part), 1)
+def _sides(sites: Sequence[ConvSite], cell: tuple[float, float]) -> list[int]:
+    """Output and input channels of a cell; of an odd divisor, the larger half."""
+    divisors = (math.gcd(*(site.spec.weight_shape[axis] for site in sites)) for axis in (0, 1))
+    return [max(math.ceil(divisor * part - _ROUNDING), 1) for divisor, part in zip(divisors, cell, strict=True)]
 
 
 def _grid(site: ConvSite, out: int, into: int) -> Grid:

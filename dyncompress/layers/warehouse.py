@@ -204,14 +204,17 @@ class WarehouseConv(DynamicConv):
 
     @classmethod
     def shipped(cls, layers: Sequence[Any]) -> list[nn.Module]:
-        """The cells of all layers in one parameter [n, cell_out * cell_in], which each of them holds.
+        """The cells of all layers that share in one parameter [n, cell_out * cell_in], which each of them holds.
 
         So none puts the warehouse together for every image.
         """
         copies: list[Any] = deepcopy(list(layers))
-        cells = nn.Parameter(layers[0].warehouse.cells().detach().clone(), requires_grad=False)
+        cells: dict[Any, nn.Parameter] = {}
         for layer in copies:
-            layer.cells, layer.warehouse = cells, None
+            if layer.warehouse not in cells:
+                cells[layer.warehouse] = nn.Parameter(layer.warehouse.cells().detach().clone(), requires_grad=False)
+            layer.cells = cells[layer.warehouse]
+            layer.warehouse = None
         return copies
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ LINEAR = [ConvSpec(4, 8, (1,), bias=False), ConvSpec(8, 4, (1,), bias=False)]
 
 
 def build(*specs: ConvSpec, **options: Any) -> list[WarehouseConv]:
-    layers = KernelWarehouse(**options).build([ConvSite("conv", spec, positions=25) for spec in specs])
+    """Layers that share as the authors' do, on however small a map."""
+    layers = KernelWarehouse(**{"placement": "all", **options}).build(
+        [ConvSite("conv", spec, positions=25) for spec in specs]
+    )
     assert all(isinstance(layer, WarehouseConv) for layer in layers)
     return layers  # type: ignore[return-value]
 
@@ -114,27 +118,91 @@ def resnet18() -> list[list[ConvSite]]:
 )
 def test_resnet18_has_the_warehouses_of_the_authors(ratio: float, cell: float, cells: list[str], assembly: int) -> None:
     """Numbers and shapes of cells that their constructors make of ResNet-18, and what mixing them costs."""
-    method = KernelWarehouse(ratio=ratio)
+    method = KernelWarehouse(ratio=ratio, placement="all")
     stages = resnet18()
     found = []
-    for sites in stages:
-        store = stored(sites, ratio, (cell, cell))
+    for stage in stages:
+        (store,) = stored(stage, ratio, (cell, cell))
         found.append(f"{store.cells}x{store.out}x{store.into}")
     assert found == cells
-    kernels = sum(macs.kernels for sites in stages for macs in method.macs(sites))
+    kernels = sum(macs.kernels for stage in stages for macs in method.macs(stage))
     assert kernels == pytest.approx(assembly, rel=0.003)
 
 
-def test_widths_without_a_common_divisor_get_cells_that_overhang() -> None:
-    """37 and 75: 3 cells of 37 along the 75, of which the last overhangs; by their divisor they had 2,775 of 1x1."""
-    specs = [ConvSpec(37, 37, (1, 1)), ConvSpec(37, 75, (1, 1))]
-    a, b = build(*specs)
-    assert (a.grid, b.grid) == ((1, 1, 1), (1, 3, 1))
-    assert a.cells.shape[1:] == b.cells.shape[1:] == (37, 37)
-    for layer, conv in zip((a, b), statics(*specs), strict=True):
+def sites(*shapes: tuple[int, int], kernel: int = 3, positions: int = 1024) -> list[ConvSite]:
+    """Layers of (output, input) channels."""
+    return [ConvSite("c", ConvSpec(i, o, (kernel, kernel)), positions) for o, i in shapes]
+
+
+def shared(found: list[ConvSite], **options: Any) -> list[tuple[list[int], int, int, int]]:
+    """Per warehouse: its layers, its cells, and their sides."""
+    stores = KernelWarehouse(**options)._stores(found)
+    return [(store.members, store.cells, store.out, store.into) for store in stores]
+
+
+def test_widths_without_a_common_divisor_have_warehouses_of_their_own() -> None:
+    """37 and 75 have a divisor of 1: 1 + 2,775 cells of 1x1; apart, each has a cell as large as its kernel."""
+    specs = [ConvSpec(37, 37, (1, 1)), ConvSpec(37, 75, (1, 1)), ConvSpec(37, 37, (1, 1))]
+    layers = build(*specs)
+    assert [(layer.grid.pieces, layer.cells.shape[1:]) for layer in layers] == [
+        (1, (37, 37)), (1, (75, 37)), (1, (37, 37))
+    ]  # fmt: skip
+    assert layers[0].warehouse is layers[2].warehouse is not layers[1].warehouse
+    assert [layer.first for layer in layers] == [0, 0, 1]
+    for layer, conv in zip(layers, statics(*specs), strict=True):
         layer.load_static(conv.weight, conv.bias)
         x = torch.randn(2, 37, 3, 3)
         torch.testing.assert_close(layer(x), conv(x))
+
+
+def test_layers_share_while_their_divisor_cuts_kernels_in_32_at_most() -> None:
+    # A 3x3 kernel has 9 cells in space: 3 * 9 = 27 of it where a width is three times the divisor, 36 where four times.
+    assert shared(sites((16, 16), (48, 16))) == [([0, 1], 9 + 27, 16, 16)]
+    assert shared(sites((16, 16), (64, 16))) == [([0], 9, 16, 16), ([1], 9, 64, 16)]
+    # A 1x1 kernel has one: 32 of 1x32, and 33 of 1x33.
+    assert shared(sites((1, 1), (1, 32), kernel=1)) == [([0, 1], 33, 1, 1)]
+    assert shared(sites((1, 1), (1, 33), kernel=1)) == [([0], 1, 1, 1), ([1], 1, 1, 33)]
+    # A 7x7 kernel has 49, of its own width: more, but not for want of a divisor.
+    assert shared(sites((8, 8), (8, 8), kernel=7)) == [([0, 1], 98, 8, 8)]
+    # 18 and 32 have 2 in common, as 9 and 4 have 1; the odd one leaves the others as they are.
+    assert shared(sites((32, 32), (32, 18), (18, 32), (32, 32))) == [
+        ([0, 3], 18, 32, 32), ([1], 9, 32, 18), ([2], 9, 18, 32)
+    ]  # fmt: skip
+
+
+def test_by_default_layers_share_while_mixing_is_a_quarter_of_the_convolution() -> None:
+    four = sites(*[(16, 16)] * 4, positions=72)
+    assert [members for members, *_ in shared(four)] == [[0, 1], [2, 3]]  # 18 cells of 72 positions
+    assert [members for members, *_ in shared(four, placement="all")] == [[0, 1, 2, 3]]
+    assert [members for members, *_ in shared(four, ratio=2)] == [[0], [1], [2], [3]]  # 18 cells each
+    for macs in KernelWarehouse().macs(four):
+        assert macs.kernels / macs.conv == 18 / 72
+    assert [members for members, *_ in shared([*four[:1], *sites((16, 16), positions=71)])] == [[0], [1]]
+
+
+def test_a_warehouse_has_1024_cells_at_most() -> None:
+    assert [count for _, count, *_ in shared(sites(*[(8, 8)] * 25, kernel=7), placement="all")] == [20 * 49, 5 * 49]
+
+
+def test_an_odd_divisor_is_cut_in_two_and_not_in_three() -> None:
+    """Half of 37 is 19, and the second cell overhangs by one; of 18 there would be three."""
+    (store,) = stored(sites((37, 37), kernel=1), 0.5, (0.5, 0.5))
+    assert (store.out, store.into, store.grids[0].pieces) == (19, 19, 4)
+    (store,) = stored(sites((30, 30), kernel=1), 0.5, (0.1, 0.1))  # 0.1 * 30 is 3, to rounding
+    assert (store.out, store.into) == (3, 3)
+
+
+def test_macs_and_parameters_of_layers_that_do_not_all_share() -> None:
+    """9x16 between two of 16x16: as alone, and as the two."""
+    method, found = KernelWarehouse(), sites((16, 16), (9, 16), (16, 16))
+    pair, odd = [found[0], found[2]], [found[1]]
+    assert method.macs(found) == [method.macs(pair)[0], method.macs(odd)[0], method.macs(pair)[1]]
+    assert method.params(found) == [method.params(pair)[0], method.params(odd)[0], method.params(pair)[1]]
+    built = [sum(p.numel() for p in layer.parameters()) for layer in method.build(found)]
+    assert built == method.params(found)
+    shipped = WarehouseConv.shipped(method.build(found))
+    assert shipped[0].cells is shipped[2].cells is not shipped[1].cells
+    assert shipped[0].cells.shape == (18, 256) and shipped[1].cells.shape == (9, 144)
 
 
 # The warm start and the schedule
@@ -193,14 +261,15 @@ def test_a_copy_has_a_warehouse_of_its_own() -> None:
 
 
 def test_macs_by_hand() -> None:
-    sites = [ConvSite("a", SPECS[0], 25), ConvSite("c", SPECS[2], 25)]
+    found = [ConvSite("a", SPECS[0], 25), ConvSite("c", SPECS[2], 25)]
     # Cells of 4x4: 4 in the 2x2 kernel, 1 x 2 in the 1x1 of 8 inputs; 6 in all, 7 coefficients per cell.
-    assert KernelWarehouse().macs(sites) == [
+    together = KernelWarehouse(placement="all")
+    assert together.macs(found) == [
         Macs(conv=64 * 25, kernels=4 * 6 * 16, router=4 * 16 + 16 * 4 * 7),
         Macs(conv=32 * 25, kernels=2 * 6 * 16, router=8 * 16 + 16 * 2 * 7),
     ]
     # With a basis of 16: 4 and 2 coefficients of their own, 16 of the basis and that of zeros; 2 and 4 of others.
-    assert [macs.router for macs in KernelWarehouse(basis=0.5).macs(sites)] == [
+    assert [macs.router for macs in replace(together, basis=0.5).macs(found)] == [
         4 * 16 + 4 * (16 * (4 + 16 + 1) + 16 * 2), 8 * 16 + 2 * (16 * (2 + 16 + 1) + 16 * 4)
     ]  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import pytest
 
@@ -33,8 +32,11 @@ def cells(made: Plan) -> dict[str, str]:
         choice = model.choices[op.module]
         if isinstance(choice.method, KernelWarehouse):
             members[choice.share, choice.method].append(model.site(op, made.widths))
-    stores: dict[str, Any] = {share: method._store(sites) for (share, method), sites in members.items()}
-    return {share: f"{store.cells}x{store.out}x{store.into}" for share, store in stores.items()}
+    found = {}
+    for (share, method), sites in members.items():
+        (store,) = method._stores(sites)
+        found[share] = f"{store.cells}x{store.out}x{store.into}"
+    return found
 
 
 def test_every_row_of_the_authors_table_is_there() -> None:
