@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from cifar10 import Cifar10
 from dyncompress.callback import DynCompress
 from dyncompress.checkpoint import load_from_checkpoint
+from dyncompress.conversion import convert
 from dyncompress.errors import DynCompressError
+from dyncompress.folding import fold
 from dyncompress.layers import ConvSite, ConvSpec, DRConv, Macs, Static
 from dyncompress.layers.drconv import DRConvLayer, _by_kernel
+from dyncompress.planning import make_plan
 from tests.classifiers import Net, classifier, fit
 from tests.layers import life, published
 from tests.newer import writes_onnx
@@ -258,6 +262,21 @@ def test_from_plan_to_file(dims: int, tmp_path: Path) -> None:
     student = life.started(net, x, life.planned(net, x, 0.5, "drconv", **OPTIONS))
     life.train(student, x)
     life.ships(student, net, x, tmp_path, [".onnx"] if dims == 2 else [".pt2"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernels", "planned", "filed"), [(8, 20.217, 85.816), (2, 20.127, 30.880)])
+def test_what_a_file_of_resnet20_costs(kernels: int, planned: float, filed: float) -> None:
+    """The figures of docs/methods/drconv.md, in millions of multiply-adds."""
+    net, x = Cifar10(depth=20, lr=0.1, weight_decay=0.0).net.eval(), torch.randn(1, 3, 32, 32)
+    plan = make_plan(net, x, "50%", "drconv", options={"kernels": kernels, "placement": "all"})
+    student = convert(net, plan).eval()
+    graph = torch.export.export(fold(student), (x,)).module()
+    for run, macs in ((student, planned), (graph, filed)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(x)
+        assert counter.get_total_flops() / 2e6 == pytest.approx(macs, abs=1e-3)
+    assert plan.macs_after / 1e6 == pytest.approx(planned, abs=1e-3)
 
 
 def test_callback_and_checkpoint(tmp_path: Path) -> None:
