@@ -14,6 +14,7 @@ __all__ = ["Grid", "Store", "stored"]
 # kernel in 32 cells at most, and warehouses have 552. Widths that share a small divisor only (37 and 75: 1) would make
 # far more.
 _MOST_PIECES, _MOST_CELLS = 32, 1024
+_FEWEST_CELLS = 4  # in the authors' networks; the only one there is could be scaled, and hardly that
 _ROUNDING = 1e-9  # 0.1 * 30 is more than 3
 
 
@@ -56,7 +57,8 @@ def stored(sites: Sequence[ConvSite], ratio: float, cell: tuple[float, float], m
     layers, each joins the first warehouse that can take it, or begins another. One can where the divisor then still
     cuts every kernel in 32 cells at most (or in those that it has in space, one for each), where it has no more than
     1,024, and where no layer mixes more of them than ``mixing`` times its output positions: mixing n cells costs a
-    layer what n positions do. So an odd width costs the other layers nothing.
+    layer what n positions do. So an odd width costs the other layers nothing. Where a warehouse then has fewer than 4
+    cells, as that of a pointwise layer alone has, they are halved, the longer side first.
 
     Args:
         sites: The layers.
@@ -92,12 +94,19 @@ def _can_share(sites: Sequence[ConvSite], ratio: float, cell: tuple[float, float
 def _store(members: list[int], sites: Sequence[ConvSite], ratio: float, cell: tuple[float, float]) -> Store:
     sides = _sides(sites, cell)
     widths = [max(site.spec.weight_shape[axis] for site in sites) for axis in (0, 1)]
+    while _cells(sites, sides, ratio) < _FEWEST_CELLS and max(sides) > 1:
+        longer = sides.index(max(sides))
+        sides[longer] = -(-sides[longer] // 2)
     # A layer alone has too many cells where ``cell`` is small: they are as wide as it takes, and may overhang.
     while _count(sites, *sides) > _MOST_CELLS and any(s < w for s, w in zip(sides, widths, strict=True)):
         finest = max((0, 1), key=lambda axis: widths[axis] / sides[axis])
         sides[finest] *= 2
     grids = [_grid(site, *sides) for site in sites]
     return Store(sides[0], sides[1], members, grids, [_owners(grid.pieces, ratio) for grid in grids])
+
+
+def _cells(sites: Sequence[ConvSite], sides: Sequence[int], ratio: float) -> int:
+    return sum(len(_owners(_grid(site, *sides).pieces, ratio)) for site in sites)
 
 
 def _sides(sites: Sequence[ConvSite], cell: tuple[float, float]) -> list[int]:

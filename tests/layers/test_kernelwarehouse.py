@@ -141,14 +141,14 @@ def shared(found: list[ConvSite], **options: Any) -> list[tuple[list[int], int, 
 
 
 def test_widths_without_a_common_divisor_have_warehouses_of_their_own() -> None:
-    """37 and 75 have a divisor of 1: 1 + 2,775 cells of 1x1; apart, each has a cell as large as its kernel."""
-    specs = [ConvSpec(37, 37, (1, 1)), ConvSpec(37, 75, (1, 1)), ConvSpec(37, 37, (1, 1))]
+    """37 and 75 have a divisor of 1: 9 * (2 * 37 + 75) * 37 cells of 1x1; apart, each has 9, as wide as its kernel."""
+    specs = [ConvSpec(37, o, (3, 3), padding=(1, 1)) for o in (37, 75, 37)]
     layers = build(*specs)
-    assert [(layer.grid.pieces, layer.cells.shape[1:]) for layer in layers] == [
-        (1, (37, 37)), (1, (75, 37)), (1, (37, 37))
+    assert [(layer.grid.pieces, layer.cells.shape) for layer in layers] == [
+        (9, (9, 37, 37)), (9, (9, 75, 37)), (9, (9, 37, 37))
     ]  # fmt: skip
     assert layers[0].warehouse is layers[2].warehouse is not layers[1].warehouse
-    assert [layer.first for layer in layers] == [0, 0, 1]
+    assert [layer.first for layer in layers] == [0, 0, 9]
     for layer, conv in zip(layers, statics(*specs), strict=True):
         layer.load_static(conv.weight, conv.bias)
         x = torch.randn(2, 37, 3, 3)
@@ -161,7 +161,7 @@ def test_layers_share_while_their_divisor_cuts_kernels_in_32_at_most() -> None:
     assert shared(sites((16, 16), (64, 16))) == [([0], 9, 16, 16), ([1], 9, 64, 16)]
     # A 1x1 kernel has one: 32 of 1x32, and 33 of 1x33.
     assert shared(sites((1, 1), (1, 32), kernel=1)) == [([0, 1], 33, 1, 1)]
-    assert shared(sites((1, 1), (1, 33), kernel=1)) == [([0], 1, 1, 1), ([1], 1, 1, 33)]
+    assert shared(sites((1, 1), (1, 33), kernel=1)) == [([0], 1, 1, 1), ([1], 4, 1, 9)]  # halved twice
     # A 7x7 kernel has 49, of its own width: more, but not for want of a divisor.
     assert shared(sites((8, 8), (8, 8), kernel=7)) == [([0, 1], 98, 8, 8)]
     # 18 and 32 have 2 in common, as 9 and 4 have 1; the odd one leaves the others as they are.
@@ -184,10 +184,26 @@ def test_a_warehouse_has_1024_cells_at_most() -> None:
     assert [count for _, count, *_ in shared(sites(*[(8, 8)] * 25, kernel=7), placement="all")] == [20 * 49, 5 * 49]
 
 
+def test_a_warehouse_has_4_cells_at_least() -> None:
+    """One, of a pointwise layer as a whole, could only be scaled; its longer side is halved first."""
+    assert shared(sites((16, 64), kernel=1)) == [([0], 4, 16, 16)]
+    assert shared(sites((37, 37), kernel=1)) == [([0], 4, 19, 19)]
+    assert shared(sites((24, 16), (24, 16), kernel=1)) == [([0, 1], 4, 12, 16)]
+    assert shared(sites((16, 16), kernel=1), ratio=4) == [([0], 4, 16, 16)]
+    assert shared(sites((1, 1), kernel=1)) == [([0], 1, 1, 1)]
+    (layer,), (conv,) = build(ConvSpec(37, 37, (1, 1))), statics(ConvSpec(37, 37, (1, 1)))
+    layer.load_static(conv.weight, conv.bias)
+    layer.anneal(1.0)
+    x = torch.randn(2, 37, 3, 3)
+    torch.testing.assert_close(layer(x), conv(x), rtol=2e-3, atol=2e-3)  # cells of 19 overhang the 37 by one
+    layer(x).sum().backward()
+    assert layer.router.bias.grad is not None and layer.router.bias.grad.abs().max() > 0.1
+
+
 def test_an_odd_divisor_is_cut_in_two_and_not_in_three() -> None:
     """Half of 37 is 19, and the second cell overhangs by one; of 18 there would be three."""
-    (store,) = stored(sites((37, 37), kernel=1), 0.5, (0.5, 0.5))
-    assert (store.out, store.into, store.grids[0].pieces) == (19, 19, 4)
+    (store,) = stored(sites((37, 37)), 0.5, (0.5, 0.5))
+    assert (store.out, store.into, store.grids[0].pieces) == (19, 19, 9 * 4)
     (store,) = stored(sites((30, 30), kernel=1), 0.5, (0.1, 0.1))  # 0.1 * 30 is 3, to rounding
     assert (store.out, store.into) == (3, 3)
 
