@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+import yaml
 from torch import nn
 
 from digits import Digits
@@ -192,3 +195,29 @@ def test_recipes_of_the_repository_are_complete(path: Path) -> None:
     model, data = build(recipe.model, "model"), build(recipe.data, "data")
     assert recipe.score in ("test_acc", "test_miou")
     assert hasattr(model, "training_step") and hasattr(data, "train_dataloader")
+
+
+def keys(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that a recipe takes, dotted, with its default; those of a nested one in place of that one."""
+    hints = get_type_hints(kind)
+    for each in fields(kind):
+        if is_dataclass(hints[each.name]):
+            yield from keys(hints[each.name], f"{each.name}.")
+        else:
+            made = each.default_factory() if each.default_factory is not MISSING else each.default
+            yield f"{prefix}{each.name}", list(made) if isinstance(made, tuple) else made
+
+
+def test_every_key_is_documented_with_its_default_and_no_other() -> None:
+    text = (RECIPES / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z_.]+)` \| (?:`(.+?)`|(required)) \| (.+) \|$", text, re.M)
+    found = {key: MISSING if required else yaml.safe_load(default) for key, default, required, _ in rows}
+    assert found == dict(keys(Recipe))
+    assert len(found) == len(rows)
+
+
+def test_yaml_in_the_readme_is_read(written: Any) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (RECIPES / "README.md").read_text("utf-8"), re.M | re.S)
+    distilled, paper = (read_recipe([written(MINIMAL + block)]) for block in blocks)
+    assert distilled.distill.hints == {"layer2": 1.0, "layer3": 1.0}
+    assert (paper.method, paper.warmup, paper.warm_start.fit) == ("odconv", 0.2, "plain")
