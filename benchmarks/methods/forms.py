@@ -51,6 +51,7 @@ FORMS = {
         Form("odconv, no taps", "odconv", {"spatial": False}, "for attention to channels that assembles no kernel"),
         Form("kernelwarehouse", "kernelwarehouse", choose="for many layers of one shape, at the parameters of static"),
         Form("kernelwarehouse 1/2", "kernelwarehouse", {"ratio": 0.5}, "for fewer parameters than static"),
-        Form("drconv", "drconv", choose="where regions of a picture differ and time is no matter"),
+        # By default it leaves every layer of a CIFAR ResNet-20 static.
+        Form("drconv", "drconv", {"placement": "all"}, "where regions of a picture differ and time is no matter"),
     )
 }
