@@ -50,7 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         words=WORDS[options.tier],
         remember=options.tier == "cpu",
     )
-    wanted = jobs(cases, [ARMS[title] for title in options.arms])
+    cases = [case for case in cases if not options.budgets or case.budget in options.budgets]
+    wanted = [
+        job
+        for job in jobs(cases, [ARMS[title] for title in options.arms])
+        if options.seeds is None or job.seed in options.seeds
+    ]
     stores = {name: store(options.results / f"{name}.csv") for name in NETWORKS}
 
     def keep(done: Sequence[Job]) -> None:
@@ -144,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS)
     )
     add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=f"of {'; '.join(ARMS)}")
+    add("--budgets", nargs="+", default=[], metavar="TARGET", help="of the tier's; all by default")
+    add("--seeds", type=int, nargs="+", metavar="N", help="of the tier's; all by default")
     add("--out", type=Path, default=ROOT / "runs/accuracy", help="folder of the runs")
     add("--side-by-side", type=int, default=1, metavar="N", help="runs at a time")
     add("--list", action="store_true", help="tell what is missing and how long it takes; do nothing")

@@ -62,9 +62,13 @@ class Network:
         return find_network(module, recipe.module)[1]
 
 
+# The recipe has 0.1, to train from scratch. After two epochs at 25 % of the MACs 0.05 had the static student ahead by
+# 0.2 points, and one with channel attention by 0.3; the originals of these two have weights already.
+_TUNED = {"model.lr": 0.05}
+
 NETWORKS = {
-    "resnet20": Network("CIFAR-10 ResNet-20", "cifar10_resnet20.yaml"),
-    "resnet56": Network("CIFAR-10 ResNet-56", "cifar10_resnet20.yaml", words={"model.depth": 56}),
+    "resnet20": Network("CIFAR-10 ResNet-20", "cifar10_resnet20.yaml", words=_TUNED),
+    "resnet56": Network("CIFAR-10 ResNet-56", "cifar10_resnet20.yaml", words={"model.depth": 56, **_TUNED}),
     "mobilenetv2": Network("CIFAR-10 MobileNetV2", "cifar10_mobilenetv2.yaml"),
     "camvid": Network("CamVid encoder-decoder", "camvid.yaml", "camvid", (3, 180, 240), "mIoU", dense=True),
 }
