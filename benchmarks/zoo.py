@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names; '*' is any text")
-    parser.add_argument("--fast", action="store_true", help="the twenty networks that the tests try")
+    parser.add_argument("--fast", action="store_true", help="twenty small ones, which the slow tests try")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; rows that are there are kept")
     parser.add_argument("--targets", type=int, nargs="+", help="percent of the MACs: 50 25, of the peer 50")
     parser.add_argument("--peer", action="store_true", help="torch-pruning instead of dyncompress")

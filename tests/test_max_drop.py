@@ -297,6 +297,7 @@ def test_a_recipe_asks_for_one_thing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", *words]) == 2 and "max_drop takes trainings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_both_arms_are_narrowed_in_steps(run: Callable[..., str], tmp_path: Path) -> None:
     recipe = replace(RECIPE, max_drop=None, target="40%", method="dynet", options={"placement": "all"})
     recipe = replace(recipe, baseline=Baseline(epochs=1), trainer={"limit_train_batches": 2}, narrowing_steps=2)

@@ -26,7 +26,7 @@ FAST = """
     torchvision/shufflenet_v2_x0_5 torchvision/squeezenet1_1 torchvision/resnet18_fpn
     smp/Linknet-resnet18 transformers/resnet transformers/encodec
 """.split()
-"""Twenty small ones that cover many causes; `make test` tries them."""
+"""Twenty small ones that cover many causes; `make test-slow` tries them, and `make test` some of them."""
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Any]:
