@@ -8,8 +8,8 @@ h = relu(U GAP(x[b]) + u) and T that falls from 30 to 1::
     y[b] = f * ((sum_i k_i * s * W_i) conv (c * x[b])) + bias
 
 As in the authors' code there is no f where the convolution is depthwise, no s where it is 1x1, and no k for one kernel.
-c and f are applied to the images, which costs less than to kernels. Of one kernel, 1x1 or with ``spatial=False``,
-nothing is left to mix: it is a plain convolution.
+c and f are applied to the images, which costs less than to kernels; a single image's kernel takes them in where it is
+smaller than the maps. Of one kernel, 1x1 or with ``spatial=False``, nothing is left to mix: it is a plain convolution.
 
 Deviations from the paper:
 
@@ -37,6 +37,7 @@ from dyncompress.layers.annealing import Temperature, check_annealing
 from dyncompress.layers.channels import per_channel
 from dyncompress.layers.execution import convolve, dynamic_conv
 from dyncompress.layers.method import Method, PerLayer, register_method
+from dyncompress.layers.mixing import kernels_of
 from dyncompress.layers.options import check_flag
 from dyncompress.layers.placement import affordable, better_static, check_placement, pays
 from dyncompress.layers.router import RouterLinear, Squeeze
@@ -202,6 +203,8 @@ class ODConvLayer(SharedBank):
         """Input [B, in, *size] -> [B, out, *size']."""
         self.check_input(x)
         channels, filters, eta = self.coefficients(x)
+        if x.shape[0] == 1 and self.spec.kernel_params <= x.numel():
+            return convolve(x, self.kernel(channels, filters, eta), self.bias, self.spec, self.groups)
         x = x * per_channel(channels, x)
         if eta is None:
             out = convolve(x, self.bank[0, 0], None, self.spec, self.groups)
@@ -211,6 +214,16 @@ class ODConvLayer(SharedBank):
             out = out * per_channel(filters, out)
         return out if self.bias is None else out + per_channel(self.bias, out)
 
+    def kernel(self, channels: Tensor, filters: Tensor | None, eta: Tensor | None) -> Tensor:
+        """Of the only image of a batch, with all attention in it: [out, in / groups, *kernel]."""
+        shape = self.spec.weight_shape
+        kernel = self.bank[0, 0] if eta is None else kernels_of(self.bank, eta, shape)[0]
+        groups = kernel.unflatten(0, (self.groups, -1))  # [groups, out / groups, in / groups, *kernel]
+        scale = channels.to(kernel.dtype).reshape(self.groups, 1, -1, *(1,) * self.spec.ndim)
+        if filters is not None:
+            scale = scale * filters.to(kernel.dtype).reshape(self.groups, -1, 1, *(1,) * self.spec.ndim)
+        return (groups * scale).flatten(0, 1)
+
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of x [B, in, *size], in fp32 at least.
 
@@ -219,14 +232,14 @@ class ODConvLayer(SharedBank):
             layer does without.
         """
         logits = self.temperature(self.router(self.squeeze(x)))
-        channels, filters, taps, kernels = logits.split(tuple(self.heads), dim=1)
+        scales = 2 * torch.sigmoid(logits)  # of all heads at once: small layers are as many calls as they make
+        channels, filters, taps, _ = scales.split(tuple(self.heads), dim=1)
         eta = None
         if self.heads.kernels:
-            eta = torch.softmax(kernels, dim=1).unsqueeze(1)
+            eta = torch.softmax(logits[:, -self.heads.kernels :], dim=1).unsqueeze(1)
         if self.heads.taps:
-            spatial = 2 * torch.sigmoid(taps).unsqueeze(2)
-            eta = spatial if eta is None else spatial * eta
-        return 2 * torch.sigmoid(channels), 2 * torch.sigmoid(filters) if self.heads.filters else None, eta
+            eta = taps.unsqueeze(2) if eta is None else taps.unsqueeze(2) * eta
+        return channels, filters if self.heads.filters else None, eta
 
     def anneal(self, progress: float) -> None:
         """Lower the temperature; see :class:`dyncompress.layers.annealing.Temperature`."""

@@ -85,6 +85,19 @@ def test_one_kernel_without_spatial_attention_assembles_nothing() -> None:
     assert layer(ConvSpec(8, 12, (1, 1)), kernels=1).coefficients(torch.randn(2, 8, 5, 5))[2] is None
 
 
+@pytest.mark.parametrize("spatial", [True, False])
+@pytest.mark.parametrize("kernels", [1, 3])
+@pytest.mark.parametrize("spec", [SPEC, ConvSpec(8, 12, (3, 2), (2, 1), groups=4, bias=False)], ids=str)
+def test_an_image_alone_has_attention_in_its_kernel(spec: ConvSpec, kernels: int, spatial: bool) -> None:
+    conv = layer(spec, random=True, kernels=kernels, spatial=spatial).double()
+    x = torch.randn(3, 8, 12, 12, dtype=torch.float64)
+    assert spec.kernel_params <= x[:1].numel()  # the form of an image alone, on maps larger than the kernel
+    alone = torch.cat([conv(image) for image in x.split(1)])
+    torch.testing.assert_close(alone, conv(x), rtol=1e-10, atol=1e-10)
+    small = x[..., :4, :4]  # its maps are smaller than the kernel
+    torch.testing.assert_close(torch.cat([conv(image) for image in small.split(1)]), conv(small))
+
+
 @pytest.mark.parametrize("spec", [SPEC, ConvSpec(8, 12, (3, 3), groups=4, bias=False)], ids=str)
 @pytest.mark.parametrize("kernels", [1, 4])
 def test_taps_run_as_features(spec: ConvSpec, kernels: int) -> None:
