@@ -222,7 +222,8 @@ class ODConvLayer(SharedBank):
         scale = channels.to(kernel.dtype).reshape(self.groups, 1, -1, *(1,) * self.spec.ndim)
         if filters is not None:
             scale = scale * filters.to(kernel.dtype).reshape(self.groups, -1, 1, *(1,) * self.spec.ndim)
-        return (groups * scale).flatten(0, 1)
+        scaled: Tensor = groups * scale
+        return scaled.flatten(0, 1)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of x [B, in, *size], in fp32 at least.
