@@ -161,3 +161,20 @@ def readable(count: float) -> str:
         if abs(count) >= scale * 0.9995:
             return f"{count / scale:.3g}{unit}"
     return f"{count:.0f}"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a network can be brought to: cost of the original, and of the narrowest and widest student."""
+
+    quantity: str
+    original: int
+    lowest: int
+    highest: int
+
+    def __str__(self) -> str:
+        low, high = self.lowest / self.original, self.highest / self.original
+        return (
+            f"{readable(self.lowest)} to {readable(self.highest)} {UNITS[self.quantity]}"
+            f" ({low:.1%} to {high:.1%} of {readable(self.original)})"
+        )

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from dyncompress.allocation import Widths, affordable, by_importance, multiples, near, uniform
-from dyncompress.budget import UNITS, Budget, Limit, Target, readable
+from dyncompress.budget import UNITS, Budget, Limit, Reach, Target, readable
 from dyncompress.cost import Choice, CostModel, static_choices, widths
 from dyncompress.errors import BudgetError, PlanError, shown
 from dyncompress.graph import ConvGraph, Operation
 from dyncompress.importance import IMPORTANCES, best, importance
 from dyncompress.knapsack import allocate
 from dyncompress.latencytable import LatencyTable
-from dyncompress.layers import ConvSite, Method, Static, configured
+from dyncompress.layers import Auto, ConvSite, Method, Static, configured
 from dyncompress.marginal import Terms
 from dyncompress.pacing import Pacer, table_for
 from dyncompress.plan import Plan
@@ -28,26 +27,9 @@ from dyncompress.sensitivity import Sensitivity
 from dyncompress.sharing import share_of
 from dyncompress.taylor import Loss
 from dyncompress.tracing import Tracer
-from dyncompress.worth import placed
+from dyncompress.worth import chosen, placed
 
 ALLOCATIONS = ("uniform", "importance", "sensitivity")
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What a network can be brought to: cost of the original, and of the narrowest and widest student."""
-
-    quantity: str
-    original: int
-    lowest: int
-    highest: int
-
-    def __str__(self) -> str:
-        low, high = self.lowest / self.original, self.highest / self.original
-        return (
-            f"{readable(self.lowest)} to {readable(self.highest)} {UNITS[self.quantity]}"
-            f" ({low:.1%} to {high:.1%} of {readable(self.original)})"
-        )
 
 
 class Problem:
@@ -87,6 +69,7 @@ class Problem:
         }
         ignored = {name: f"ignored by {pattern!r}" for name, pattern in named(net, graph, ignore, "ignore").items()}
         fixed = {**reasons, **ignored}
+        self.free = [op for op in graph.convs if op.module not in fixed and op.module != graph.anchor]
         each = [_choice(op, method, fixed, graph.anchor) for op in graph.convs]
         self.place(preset[0].choices(graph, method, fixed, preset[1]) if preset else each)
         self.full = widths(graph)
@@ -99,6 +82,13 @@ class Problem:
         """Have other methods for some convolutions."""
         self.choices = list(choices)
         self.model = CostModel(self.graph, self.choices)
+
+    def pace(self, prediction: Prediction, keep: Widths) -> None:
+        """Have methods by the clock, at the widths of a plan; a preset's stay."""
+        if isinstance(self.method, Auto) and self.method.cost == "time":
+            self.place(chosen(self.method, prediction, self.model, keep, self.free))
+        elif not self.settled:
+            self.place(placed(prediction, self.model, keep))
 
     def reach(self, quantity: str = "macs") -> Reach:
         """The reachable range of MACs or parameters."""
@@ -214,7 +204,8 @@ def make_plan(
         min_width: Channels that a group keeps at least (a quarter of the group, where that is less).
         tolerance: Relative distance from the target that still counts as landed, from below.
         table: Measured times of layers. With one, layers are dynamic only where their time is worth it, whatever the
-            target; without, a target in latency has the one that is kept in the user's cache.
+            target; without, a target in latency has the one that is kept in the user's cache, and so has
+            ``method="auto"`` with ``cost="time"``.
 
     Returns:
         The plan: ``print`` it, ``save`` it, edit it, `convert` with it.
@@ -257,7 +248,11 @@ def make_plan(
     check(importance, batches, loss)
     method = asked_method(method, options, paper)
     tracer = Tracer(net, example, linear=getattr(method, "linear", False))
-    table = table_for(net, table, timed=budget is not None and budget.limit("latency") is not None)
+    timed = budget is not None and budget.limit("latency") is not None
+    table = table_for(net, table, timed or (table is None and getattr(method, "cost", None) == "time"))
+    if isinstance(method, Auto):
+        limited = budget is not None and budget.limit("params") is not None
+        method = method.settled("time" if table is not None else "params" if limited else "macs")
     scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
     while True:
         graph = tracer.graph
@@ -384,9 +379,7 @@ def _paced(
     prediction = Prediction(net, example, problem.graph, table)
     if budget.limit("latency") is None:
         first = problem.solve(budget, *how)
-        if problem.settled:
-            return first
-        problem.place(placed(prediction, problem.model, first.widths))
+        problem.pace(prediction, first.widths)
         return problem.solve(budget, *how)
     pacer = Pacer(net, example, problem, prediction, budget, how)
     if not runs(prediction.half):
@@ -394,6 +387,5 @@ def _paced(
     first = pacer.first()
     if not runs(first):
         return first
-    if not problem.settled:
-        problem.place(placed(prediction, problem.model, first.widths))
+    problem.pace(prediction, first.widths)
     return pacer.land(runs)

@@ -1,19 +1,23 @@
 """Which layers are worth being dynamic, by the clock: what a bank adds to a layer's time on this device.
 
 A method's own rule (`Method.place`) knows shapes only and says the same everywhere; this one measures, and may take a
-bank away from a layer that the rule gave one, or kernels from the bank. It never gives one.
+bank away from a layer that the rule gave one, or kernels from the bank. It never gives one: only `auto` does
+(`chosen`), which has no rule but the clock where costs are times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dyncompress.cost import Choice, CostModel
 from dyncompress.graph import Operation
 from dyncompress.latencytable import Layers
-from dyncompress.layers import Method, Static
+from dyncompress.layers import Auto, ConvSite, Method, Static
+from dyncompress.layers.auto import candidates
 from dyncompress.prediction import Prediction
+from dyncompress.sharing import share_of
 
 LIMIT = 0.5
 """A bank may take half as long again as the static layer: so much costs a static layer of 1.22 times the width."""
@@ -87,6 +91,39 @@ def placed(prediction: Prediction, model: CostModel, keep: Sequence[int], limit:
     return [choices[op.module] for op in model.graph.convs]
 
 
+def chosen(
+    auto: Auto, prediction: Prediction, model: CostModel, keep: Sequence[int], free: Sequence[Operation]
+) -> list[Choice]:
+    """The choices of a plan with what `auto` takes by measured times.
+
+    Every candidate is timed beside the static layer and the candidates of all others, each shape once.
+
+    Args:
+        auto: What chooses.
+        prediction: Of the network; its table measures what it lacks.
+        model: The plan's cost model.
+        keep: Its widths.
+        free: The convolutions that it may choose for.
+
+    Returns:
+        One choice per convolution, in the order of ``graph.convs``.
+    """
+    times = _Times(prediction, model, keep)
+    sites = {op.module: ConvSite(op.module, op.spec, op.positions) for op in free if op.spec is not None}
+    forms: list[Layers] = []
+    for op in free:
+        able = [each.method for each in candidates(sites[op.module])[0]]
+        for method in (Static(), *able) if able else ():
+            forms += prediction.entries_of(method, [op], model, keep)
+    if forms:
+        prediction.table.times(list(dict.fromkeys(forms)))
+    found = dict(model.choices)
+    for op in free:
+        method, reason = auto.choose(sites[op.module], partial(times.seconds, op), lambda each: _pair(each)[0])
+        found[op.module] = Choice(op.module, method, share_of(op, method), reason)
+    return [found[op.module] for op in model.graph.convs]
+
+
 def _dynamic(
     prediction: Prediction, model: CostModel, keep: Sequence[int]
 ) -> list[tuple[list[Operation], Method, _Times]]:
@@ -122,6 +159,10 @@ class _Times:
         """In units of the table's reference; each alone if they are static."""
         entries = self.prediction.entries_of(method, members, self.model, self.keep)
         return sum(self.prediction.table.times(entries)) if entries else 0.0
+
+    def seconds(self, op: Operation, method: Method) -> float:
+        """Of one layer alone."""
+        return self.time(method, [op]) * self._unit
 
     def worths(self, method: Method, members: Sequence[Operation]) -> list[Worth]:
         whole, unit = self.time(method, members), self.prediction.table.reference

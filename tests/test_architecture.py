@@ -14,7 +14,8 @@ ORDER = """
     layers.channels layers.options layers.spec layers.method layers.mixing layers.recompute layers.fused
     layers.execution layers.router layers.static layers.tokens layers.placement layers.warmstart layers.annealing
     layers.sharedbank layers.inference layers.dynet layers.condconv layers.dyconv layers.odconv layers.dcd
-    layers.drconv layers.dyco3d layers.c2sp layers.partition layers.warehouse layers.kernelwarehouse layers
+    layers.drconv layers.dyco3d layers.c2sp layers.partition layers.warehouse layers.kernelwarehouse
+    layers.auto layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
     sharing tracing cost importance marginal budget planfile plan
     allocation knapsack selection ridge compensation conversion gradual folding losses answers distillation hints

@@ -38,6 +38,7 @@ def count(net):
 ALL = {"placement": "all"}
 FORMS = [
     ("static", {}),
+    ("auto", {}),
     ("c2sp", {}),
     ("c2sp", {"g": 4}),
     ("condconv", ALL),

@@ -151,7 +151,7 @@ def shares(net: nn.Module) -> set[float | None]:
     return {None if r.share is None else round(r.share.item(), 6) for r in routers(net)}
 
 
-@pytest.mark.parametrize("method", [name for name in list_methods() if name not in ("c2sp", "static")])
+@pytest.mark.parametrize("method", [name for name in list_methods() if name not in ("auto", "c2sp", "static")])
 def test_a_layer_that_is_held_back_does_not_depend_on_its_input(method: str) -> None:
     """At 0 coefficients are those of the router's bias; at 0.25 its logits are bias + a quarter of the rest."""
     (layer,) = get_method(method).build([ConvSite("conv", ConvSpec(4, 6, (1, 1)), positions=16)])

@@ -5,6 +5,7 @@ Importing this package registers the methods of the library; others register wit
 
 from __future__ import annotations
 
+from dyncompress.layers.auto import Auto
 from dyncompress.layers.c2sp import C2sp
 from dyncompress.layers.condconv import CondConv
 from dyncompress.layers.dcd import Dcd
@@ -20,6 +21,7 @@ from dyncompress.layers.static import Static, load_static
 from dyncompress.layers.tokens import TokenConv
 
 __all__ = [
+    "Auto",
     "C2sp",
     "CondConv",
     "ConvSite",

@@ -12,6 +12,7 @@ from dyncompress.layers import DyNet, Method, Static, get_method, list_methods, 
 
 def test_the_methods_of_the_library() -> None:
     assert list_methods() == [
+        "auto",
         "c2sp",
         "condconv",
         "dcd",
