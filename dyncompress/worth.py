@@ -15,7 +15,7 @@ from dyncompress.cost import Choice, CostModel
 from dyncompress.graph import Operation
 from dyncompress.latencytable import Layers
 from dyncompress.layers import Auto, ConvSite, Method, Static
-from dyncompress.layers.auto import candidates
+from dyncompress.layers.auto import CANDIDATES, candidates
 from dyncompress.prediction import Prediction
 from dyncompress.sharing import share_of
 
@@ -96,7 +96,8 @@ def chosen(
 ) -> list[Choice]:
     """The choices of a plan with what `auto` takes by measured times.
 
-    Every candidate is timed beside the static layer and the candidates of all others, each shape once.
+    All static layers are timed in the order of the network, then all that one candidate can have, and so on, each shape
+    once, in the same rounds. A layer that ran right after another form of itself would find its input in the cache.
 
     Args:
         auto: What chooses.
@@ -110,11 +111,14 @@ def chosen(
     """
     times = _Times(prediction, model, keep)
     sites = {op.module: ConvSite(op.module, op.spec, op.positions) for op in free if op.spec is not None}
-    forms: list[Layers] = []
-    for op in free:
-        able = [each.method for each in candidates(sites[op.module])[0]]
-        for method in (Static(), *able) if able else ():
-            forms += prediction.entries_of(method, [op], model, keep)
+    able = [(op, [each.method for each in candidates(sites[op.module])[0]]) for op in free]
+    forms = [
+        entry
+        for method in (Static(), *(each.method for each in CANDIDATES))
+        for op, methods in able
+        if methods and method in (Static(), *methods)
+        for entry in prediction.entries_of(method, [op], model, keep)
+    ]
     if forms:
         prediction.table.times(list(dict.fromkeys(forms)))
     found = dict(model.choices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
@@ -64,6 +65,18 @@ def test_by_the_clock_a_large_map_is_dynamic_and_a_small_one_is_not(table):
     assert told["0"] == "static: the first convolution, which reads the input"
     assert told["1"] == "attention to channels adds 2.6% to 1.16 ms, worth up to 26%"
     assert told["3"] == "static: g=2 would add 111% to 18.1 us, worth at most 11%"
+
+
+def test_forms_of_one_layer_never_run_one_after_the_other(table, monkeypatch):
+    """The second would find its input in the cache: all layers run in one form, then in the next, each shape once."""
+    asked = []
+    monkeypatch.setattr(LatencyTable, "times", lambda self, layers: asked.append(layers) or [1.0] * len(layers))
+    make_plan(networks.Residual(), X, "60%", "auto", table=table)
+    forms = [Static(), ODConv(spatial=False), DyNet(g=4, router="layer"), DyNet(g=2, router="layer")]
+    assert [method for method, _ in groupby(asked[0], lambda each: each.method)] == forms
+    runs = {form: [each.runs for each in asked[0] if each.method == form] for form in forms}
+    assert runs[forms[0]] == runs[forms[1]]  # in the order of the network
+    assert len(set(asked[0])) == len(asked[0])
 
 
 def test_with_a_table_the_clock_chooses_at_the_widths_of_a_static_network(table):
