@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         remember=options.tier == "cpu",
     )
     cases = [case for case in cases if not options.budgets or case.budget in options.budgets]
+    cases = [case for case in cases if options.epochs in (None, case.epochs)]
     wanted = [
         job
         for job in jobs(cases, [ARMS[title] for title in options.arms])
@@ -150,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=f"of {'; '.join(ARMS)}")
     add("--budgets", nargs="+", default=[], metavar="TARGET", help="of the tier's; all by default")
+    add("--epochs", type=int, metavar="N", help="of the tier's; all by default")
     add("--seeds", type=int, nargs="+", metavar="N", help="of the tier's; all by default")
     add("--out", type=Path, default=ROOT / "runs/accuracy", help="folder of the runs")
     add("--side-by-side", type=int, default=1, metavar="N", help="runs at a time")
