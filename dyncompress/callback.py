@@ -165,7 +165,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
         self.shape: dict[str, Any] = {
             "allocation": allocation, "importance": importance, "ignore": ignore, "static": static, "floors": floors
         }  # fmt: skip
-        self.seed, self.warm_start = seed, WarmStart.of(warm_start)
+        self.seed, self.warm_start = seed, WarmStart.of(warm_start).within(recalibrate, warmup)
         self.distill = (DistillConfig() if distill else None) if isinstance(distill, bool) else distill
         self.teacher, self.save_teacher = teacher, save_teacher
         self.module, self.example, self.recalibrate = module, example, recalibrate

@@ -18,7 +18,6 @@ follows a cut is fitted, depthwise and linear ones included.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,17 +25,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, shown
-from dyncompress.graph import as_call
-from dyncompress.layers import ConvSpec
 from dyncompress.narrowing import positions
 from dyncompress.plan import Plan
 from dyncompress.ridge import STRENGTH, Problem, check_strength
+from dyncompress.samples import ROWS, Sample, collect, patches_of, sampled
 
-ROWS = 1 << 13
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -51,6 +47,8 @@ class WarmStart:
         rows: Samples per layer.
         bank: Where further kernels of a dynamic layer come from: ``"filters"`` that the cut discarded, or ``"copies"``
             of the static kernel, with noise that cancels out.
+        dynamics: ``"zero"``: a dynamic layer starts as the fitted static one, whatever its input. ``"fitted"``: how it
+            depends on its input is fitted to the original, too (`reconstruct`); takes ``fit="ridge"``.
 
     Raises:
         DynCompressError: If an attribute is out of its range.
@@ -64,12 +62,20 @@ class WarmStart:
     strength: float = STRENGTH
     rows: int = ROWS
     bank: Literal["filters", "copies"] = "filters"
+    dynamics: Literal["zero", "fitted"] = "zero"
 
     def __post_init__(self) -> None:
         if not isinstance(self.fit, str) or self.fit not in ("ridge", "plain"):
             raise DynCompressError(f"warm start {shown(self.fit)} is unknown: choose 'ridge' or 'plain'")
         if not isinstance(self.bank, str) or self.bank not in ("filters", "copies"):
             raise DynCompressError(f"bank {shown(self.bank)} is unknown: choose 'filters' or 'copies'")
+        if not isinstance(self.dynamics, str) or self.dynamics not in ("zero", "fitted"):
+            raise DynCompressError(f"dynamics {shown(self.dynamics)} is unknown: choose 'zero' or 'fitted'")
+        if self.dynamics == "fitted" and self.fit != "ridge":
+            raise DynCompressError(
+                f"dynamics 'fitted' goes on where a static fit ends, and fit is {shown(self.fit)}: choose fit 'ridge',"
+                " or dynamics 'zero'"
+            )
         if type(self.rows) is not int or self.rows < 1:
             raise DynCompressError(f"rows {shown(self.rows)} is no number of samples: {ROWS} is usual")
         check_strength(self.strength)
@@ -78,6 +84,24 @@ class WarmStart:
     def of(cls, given: str | WarmStart) -> WarmStart:
         """A warm start by the name of its ``fit``, or as it is."""
         return given if isinstance(given, WarmStart) else cls(fit=given)  # type: ignore[arg-type]
+
+    def within(self, batches: int, warmup: float) -> WarmStart:
+        """The same, where a training gives it so many batches and such a warm-up.
+
+        Raises:
+            DynCompressError: If fitted dynamics get no batches, or are held back by the warm-up.
+        """
+        if self.dynamics == "fitted" and not batches:
+            raise DynCompressError(
+                "dynamics 'fitted' has no batch to be fitted on, as recalibrate is 0: 8 is usual; or choose"
+                " dynamics 'zero'"
+            )
+        if self.dynamics == "fitted" and warmup:
+            raise DynCompressError(
+                f"warmup {shown(warmup)} starts layers static, and dynamics 'fitted' starts them dynamic: choose"
+                " warmup 0 or dynamics 'zero'"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -98,18 +122,6 @@ class Fit:
     reason: str = ""
 
 
-class _EnoughError(BaseException):
-    """The layer has run. A BaseException, so that the network's ``except Exception`` does not hold it up."""
-
-
-@dataclass
-class _Sample:
-    """What one call of a layer computed in the original: places [B, P] of its output, and values [B, P, out]."""
-
-    places: Tensor
-    values: Tensor
-
-
 @torch.no_grad()
 def compensate(
     net: nn.Module,
@@ -120,6 +132,7 @@ def compensate(
     strength: float = STRENGTH,
     rows: int = ROWS,
     seed: int = 0,
+    hold_out: bool = False,
 ) -> tuple[Fit, ...]:
     """Fit every convolution and linear layer of a narrowed network to the original, in place.
 
@@ -134,6 +147,7 @@ def compensate(
         strength: How much the fitted weights are held to the cut's ones, from 0 on; 0 gives, of the best, the nearest.
         rows: Samples per layer: places of its output, spread over all images.
         seed: Of which places are sampled.
+        hold_out: Leave out every fifth image, for `reconstruct` to judge by.
 
     Returns:
         One `Fit` per layer, in the order in which they run.
@@ -145,35 +159,83 @@ def compensate(
     found = list(batches)
     if not found:
         raise DynCompressError("compensate has no batch; give a list of a few inputs of the network")
-    layers, skipped = _candidates(net, original)
+    layers, skipped = candidates(net, original)
     with evaluating(original), evaluating(net):
-        samples = _sampled(original, plan, list(layers), found, rows, seed)
+        samples = sampled(original, plan, list(layers), found, rows, seed)
         fits = []
         for name, calls in samples.items():
-            layer: Any = layers[name]
-            norm = _norm_after(net, plan, name)
-            centred = layer.bias is not None or norm is not None
-            problem = Problem(layer.weight, layer.bias, getattr(layer, "groups", 1), centred)
-            reason = _collect(net, layer, found, calls, problem)
+            fits.append(solved(net, original, plan, name, found, calls, strength, hold_out))
             calls.clear()
-            if reason:
-                skipped[name] = reason
-                continue
-            try:
-                solution = problem.solve(strength)
-            except DynCompressError:
-                raise DynCompressError(
-                    f"on these batches what '{name}' reads, or computes in the original, is not finite; the numbers in"
-                    " the data and in the weights must be: look for NaN and infinity in both"
-                ) from None
-            layer.weight.copy_(solution.weight)
-            if layer.bias is not None:
-                layer.bias += solution.shift.to(layer.bias)
-            elif norm is not None:
-                norm.running_mean -= solution.shift.to(norm.running_mean)
-            fits.append(Fit(name, solution.before, solution.after))
     skipped |= {name: "it was not called on these batches" for name in layers if name not in samples}
-    return (*fits, *(Fit(name, reason=reason) for name, reason in skipped.items()))
+    skipped |= {f.module: f.reason for f in fits if f.reason}
+    return (*(f for f in fits if not f.reason), *(Fit(name, reason=reason) for name, reason in skipped.items()))
+
+
+def solved(
+    net: nn.Module,
+    original: nn.Module,
+    plan: Plan,
+    name: str,
+    batches: Sequence[Any],
+    calls: Sequence[Sequence[Sample]],
+    strength: float,
+    hold_out: bool,
+) -> Fit:
+    """Fit one plain layer, in place, to a sample of what the original computes there, on what it reads now."""
+    layer: Any = net.get_submodule(name)
+    constant = Constant(net, original, plan, name, layer)
+    problem = Problem(layer.weight, constant.value, getattr(layer, "groups", 1), constant.free)
+
+    def add(x: Tensor, sample: Sample) -> None:
+        if hold_out:
+            x, sample = x[~sample.held_out], sample.at(~sample.held_out)
+        problem.add(patches_of(layer, x, sample.places), sample.values.flatten(0, 1))
+
+    if reason := collect(net, layer, batches, calls, add):
+        return Fit(name, reason=reason)
+    try:
+        solution = problem.solve(strength)
+    except DynCompressError:
+        raise not_finite(name) from None
+    layer.weight.copy_(solution.weight)
+    constant.add(solution.shift)
+    return Fit(name, solution.before, solution.after)
+
+
+class Constant:
+    """What is added to every output of a layer: its bias, or what the BatchNorm that alone reads it took up.
+
+    A BatchNorm took up what is missing in its mean, to that of the original's.
+
+    Attributes:
+        free: Whether there is one.
+        value: [out], or None.
+    """
+
+    def __init__(self, net: nn.Module, original: nn.Module, plan: Plan, name: str, layer: Any) -> None:
+        self.bias, norm = getattr(layer, "bias", None), _norm_after(net, plan, name)
+        self.mean = None if norm is None or self.bias is not None else norm.running_mean
+        self.free = self.bias is not None or self.mean is not None
+        self.value: Tensor | None = None if self.bias is None else self.bias.detach()
+        if self.mean is not None:
+            was, runs = _norm_after(original, plan, name).running_mean, plan.graph.axes.get(f"{name}.weight:0")
+            kept = [k for k in plan.keep if not isinstance(k, int)]
+            self.value = (was if runs is None else was[positions(runs, kept)]) - self.mean
+
+    def add(self, shift: Tensor) -> None:
+        """Add so much [out] more."""
+        if self.bias is not None:
+            self.bias += shift.to(self.bias)
+        elif self.mean is not None:
+            self.mean -= shift.to(self.mean)
+
+
+def not_finite(name: str) -> DynCompressError:
+    """What is raised where a layer can't be fitted to numbers."""
+    return DynCompressError(
+        f"on these batches what '{name}' reads, or computes in the original, is not finite; the numbers in"
+        " the data and in the weights must be: look for NaN and infinity in both"
+    )
 
 
 @contextmanager
@@ -196,7 +258,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 # ---- which layers ------------------------------------------------------------------------------------------------
 
 
-def _candidates(net: nn.Module, original: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def candidates(net: nn.Module, original: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers that can be fitted, and why others with a kernel can't."""
     holders = Counter(id(p) for m in original.modules() for p in m._parameters.values() if p is not None)
     layers: dict[str, nn.Module] = {}
@@ -221,107 +283,3 @@ def _norm_after(net: nn.Module, plan: Plan, name: str) -> Any:
     norm = net.get_submodule(path) if path else None
     counts = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
     return norm if counts else None
-
-
-# ---- samples -----------------------------------------------------------------------------------------------------
-
-
-def _sampled(
-    original: nn.Module, plan: Plan, names: Sequence[str], batches: Sequence[Any], rows: int, seed: int
-) -> dict[str, list[list[_Sample]]]:
-    """Per layer, in the order in which they run, and per batch: a sample of every call."""
-    kept = [k for k in plan.keep if not isinstance(k, int)]
-    generator = torch.Generator().manual_seed(seed)
-    samples: dict[str, list[list[_Sample]]] = {}
-    at_batch = 0
-
-    def watch(name: str) -> Any:
-        runs = plan.graph.axes.get(f"{name}.weight:0")
-        stay = None if runs is None else torch.tensor(positions(runs, kept))
-
-        def look(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            maps = _places_last(module, out)
-            images, places, _ = maps.shape
-            share = max(1, rows // max(1, images * len(batches)))
-            if share < places:
-                at = torch.randint(places, (images, share), generator=generator).to(out.device)
-            else:
-                at = torch.arange(places, device=out.device).expand(images, places)
-            values = maps.take_along_dim(at.unsqueeze(2), 1)
-            values = values if stay is None else values[..., stay.to(out.device)]
-            samples.setdefault(name, [[] for _ in batches])[at_batch].append(_Sample(at, values))
-
-        return look
-
-    handles = [original.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    try:
-        for at_batch, inputs in enumerate(batches):  # noqa: B007 - the hooks read it
-            args, kwargs = as_call(inputs)
-            original(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return samples
-
-
-def _places_last(module: nn.Module, t: Tensor) -> Tensor:
-    """Input or output of a layer as [images, places, channels]."""
-    if isinstance(module, nn.Linear):
-        return t.reshape(t.shape[0], -1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, 1, -1)
-    t = t if t.dim() == len(module.kernel_size) + 2 else t.unsqueeze(0)  # type: ignore[arg-type]
-    return t.flatten(2).transpose(1, 2)
-
-
-def _patches(module: nn.Module, x: Tensor, places: Tensor) -> Tensor:
-    """What a layer reads at places [B, P] of its output: [groups, B * P, in / groups * taps], as its weight has it."""
-    if isinstance(module, nn.Linear):
-        read = _places_last(module, x).take_along_dim(places.unsqueeze(2), 1)
-        return read.flatten(0, 1).unsqueeze(0)
-    spec = ConvSpec.of(module)  # type: ignore[arg-type]
-    x = x if x.dim() == spec.ndim + 2 else x.unsqueeze(0)
-    sizes = spec.output_size(x.shape[2:])
-    pads = [side for pair in reversed(spec.pads) for side in pair]
-    x = F.pad(x, pads, mode="constant" if spec.padding_mode == "zeros" else spec.padding_mode).movedim(1, -1)
-    image = torch.arange(len(x), device=x.device).unsqueeze(1)
-    corner = [at * step for at, step in zip(torch.unravel_index(places, sizes), spec.stride, strict=True)]
-    taps = [
-        x[(image, *(c + o * d for c, o, d in zip(corner, offset, spec.dilation, strict=True)))]
-        for offset in itertools.product(*map(range, spec.kernel_size))
-    ]
-    gathered: Tensor = torch.stack(taps, -1).flatten(0, 1)  # [B * P, in, taps]
-    patches: Tensor = gathered.unflatten(1, (spec.groups, -1)).transpose(0, 1).flatten(2)
-    return patches
-
-
-def _collect(
-    net: nn.Module, layer: nn.Module, batches: Sequence[Any], calls: Sequence[Sequence[_Sample]], problem: Problem
-) -> str:
-    """Run the network up to a layer on every batch and add up what the layer reads; a reason where that can't be."""
-    waiting: list[_Sample] = []
-    odd = ""
-
-    def look(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        nonlocal odd
-        sample, x = waiting.pop(0), args[0]
-        if _places_last(module, out).shape[::2] != (len(sample.places), sample.values.shape[2]):
-            odd = "what it computes has another shape than in the original"
-        elif not odd:
-            problem.add(_patches(module, x, sample.places), sample.values.flatten(0, 1))
-        if not waiting:
-            raise _EnoughError
-
-    handle = layer.register_forward_hook(look)
-    try:
-        for inputs, samples in zip(batches, calls, strict=True):
-            waiting = list(samples)
-            if not waiting:
-                continue
-            args, kwargs = as_call(inputs)
-            try:
-                net(*args, **kwargs)
-            except _EnoughError:
-                continue
-            return "it runs less often than in the original"
-    finally:
-        handle.remove()
-    return odd

@@ -17,6 +17,7 @@ from dyncompress.importance import best, importance
 from dyncompress.layers import Static, TokenConv, load_static
 from dyncompress.narrowing import cut, positions
 from dyncompress.plan import Plan
+from dyncompress.reconstruction import reconstruct
 
 TAG = "_dyncompress"
 _KEY = f"{TAG}._extra_state"
@@ -68,7 +69,8 @@ def convert(
 ) -> nn.Module:
     """A student: the network with the plan carried out. The network itself stays as it is.
 
-    The student computes exactly what the narrowed static network computes, until it is trained.
+    The student computes exactly what the narrowed static network computes, until it is trained, unless ``warm_start``
+    asks for fitted dynamics.
 
     Args:
         net: The network that the plan was made for.
@@ -103,13 +105,19 @@ def convert_(
     """
     start = WarmStart.of(warm_start)
     plan = resolve(net, plan)
+    found = [] if calibrate is None else _listed(calibrate)
+    if start.dynamics == "fitted" and not found:
+        raise DynCompressError(
+            "dynamics 'fitted' has no batch to be fitted on: give calibrate a list of a few inputs of the network, or"
+            " choose dynamics 'zero'"
+        )
     twin = None if calibrate is None else duplicate(net)
     with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
         layers = _layers(plan)
     originals = {op.module: _filters(net.get_submodule(op.module))[0].detach() for op in plan.graph.convs}
     _cut(net, plan)
     if calibrate is not None and twin is not None:
-        fit(net, twin, plan, calibrate, start, seed)
+        fit(net, twin, plan, found, start, seed, settle=start.dynamics == "zero")
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         old: Any = net.get_submodule(name)
@@ -122,6 +130,9 @@ def convert_(
             layer.requires_grad_(False)
         parent, _, child = name.rpartition(".")
         setattr(net.get_submodule(parent), child, TokenConv(layer) if isinstance(old, nn.Linear) else layer)
+    if start.dynamics == "fitted" and twin is not None:
+        reconstruct(net, twin, plan, found, strength=start.strength, rows=start.rows, seed=seed)
+        settle_norms(net, found)
     anchor = net.get_submodule(plan.graph.anchor)
     anchor.add_module(TAG, PlanTag(plan))
     return net
@@ -135,7 +146,14 @@ def narrowed(net: nn.Module, plan: Plan) -> nn.Module:
 
 
 def fit(
-    net: nn.Module, original: nn.Module, plan: Plan, batches: Iterable[Any], start: WarmStart, seed: int = 0
+    net: nn.Module,
+    original: nn.Module,
+    plan: Plan,
+    batches: Iterable[Any],
+    start: WarmStart,
+    seed: int = 0,
+    *,
+    settle: bool = True,
 ) -> tuple[Fit, ...]:
     """Bring a narrowed, still static network near the original on a few batches, in place.
 
@@ -146,19 +164,26 @@ def fit(
         batches: Inputs, each as `trace` takes them.
         start: How.
         seed: Of which places are sampled.
+        settle: False where `reconstruct` follows: BatchNorm statistics stay, and every fifth image is held out.
 
     Returns:
         What became of each layer; nothing for ``"plain"``, which estimates only BatchNorm statistics.
     """
-    if isinstance(batches, Tensor):
-        raise DynCompressError(f"calibrate is one tensor {tuple(batches.shape)}; give a list of batches, [images]")
-    found = list(batches)
+    found = _listed(batches)
     if start.fit == "plain":
         recalibrate(net, found)
         return ()
-    fits = compensate(net, original, plan, found, strength=start.strength, rows=start.rows, seed=seed)
-    settle_norms(net, found)
+    how: dict[str, Any] = {"strength": start.strength, "rows": start.rows, "seed": seed}
+    fits = compensate(net, original, plan, found, **how, hold_out=not settle)
+    if settle:
+        settle_norms(net, found)
     return fits
+
+
+def _listed(batches: Iterable[Any]) -> list[Any]:
+    if isinstance(batches, Tensor):
+        raise DynCompressError(f"calibrate is one tensor {tuple(batches.shape)}; give a list of batches, [images]")
+    return list(batches)
 
 
 def resolve(net: nn.Module, plan: Plan) -> Plan:

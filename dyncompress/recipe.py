@@ -131,6 +131,7 @@ class Recipe:
                 f"narrowing_steps is {self.narrowing_steps} and epochs {self.epochs} - at least one epoch for each"
                 " step - take fewer steps, or more epochs"
             )
+        self.warm_start.within(batches=1, warmup=self.warmup)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise RecipeError(f"seeds are {list(self.seeds)} - distinct numbers from 0, at least one - correct them")
 

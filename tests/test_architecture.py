@@ -18,7 +18,8 @@ ORDER = """
     layers.auto layers
     ops labels memory narrowing sites recording propagation movement products rules audit graph grouping standins
     sharing tracing cost importance marginal budget planfile plan
-    allocation knapsack selection ridge compensation conversion gradual folding losses answers distillation hints
+    allocation knapsack selection ridge samples compensation reconstruction conversion gradual folding losses answers
+    distillation hints
     latency evaluation taylor ranking sensitivity allocator provenance latencytable prediction worth pacing
     roles warehouses presets planning allowance search
     plotting arms report tracking bundle formats exporting checkpoint

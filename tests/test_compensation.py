@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import networks
 from dyncompress import DynCompress, DynCompressError, make_plan
-from dyncompress.compensation import WarmStart, _patches, compensate
+from dyncompress.compensation import WarmStart, compensate
 from dyncompress.conversion import convert, narrowed, plan_of, resolve, settle_norms
 from dyncompress.layers import DynamicConv
 from dyncompress.ridge import Problem
+from dyncompress.samples import patches_of
 from tests.classifiers import classifier, equal, fit, loader, weights
 
 
@@ -83,7 +84,7 @@ def test_patches_times_the_weight_are_the_layers_output(layer: Any) -> None:
     places = torch.randint(out.shape[1], (2, 5))
     groups = getattr(layer, "groups", 1)
     kernel = layer.weight.reshape(groups, -1, layer.weight[0].numel())
-    found = (_patches(layer, x, places) @ kernel.mT).transpose(0, 1).flatten(1) + layer.bias
+    found = (patches_of(layer, x, places) @ kernel.mT).transpose(0, 1).flatten(1) + layer.bias
     assert torch.allclose(found.unflatten(0, (2, 5)), out.take_along_dim(places.unsqueeze(2), 1), atol=1e-5)
 
 

@@ -81,6 +81,7 @@ class DynamicConv(nn.Module):
     """
 
     method: ClassVar[str] = ""
+    shared: ClassVar[tuple[str, ...]] = ()  # parameters that layers built together with this one read, too
     transposed: ClassVar[bool] = False
 
     def __init__(self, spec: ConvSpec) -> None:

@@ -53,6 +53,7 @@ class WarehouseConv(DynamicConv):
     """
 
     method: ClassVar[str] = "kernelwarehouse"
+    shared: ClassVar[tuple[str, ...]] = ("cells",)
     bias: nn.Parameter | None
     beta: Tensor
     tau: Tensor
