@@ -114,10 +114,11 @@ def convert_(
     twin = None if calibrate is None else duplicate(net)
     with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
         layers = _layers(plan)
+    fitted = start.dynamics == "fitted" and bool(layers)
     originals = {op.module: _filters(net.get_submodule(op.module))[0].detach() for op in plan.graph.convs}
     _cut(net, plan)
     if calibrate is not None and twin is not None:
-        fit(net, twin, plan, found, start, seed, settle=start.dynamics == "zero")
+        fit(net, twin, plan, found, start, seed, settle=not fitted)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         old: Any = net.get_submodule(name)
@@ -130,7 +131,7 @@ def convert_(
             layer.requires_grad_(False)
         parent, _, child = name.rpartition(".")
         setattr(net.get_submodule(parent), child, TokenConv(layer) if isinstance(old, nn.Linear) else layer)
-    if start.dynamics == "fitted" and twin is not None:
+    if fitted and twin is not None:
         reconstruct(net, twin, plan, found, strength=start.strength, rows=start.rows, seed=seed)
         settle_norms(net, found)
     anchor = net.get_submodule(plan.graph.anchor)

@@ -82,7 +82,8 @@ def reconstruct(
     outputs of every layer, and of one layer all that it reads.
 
     Args:
-        net: The student, which computes what the narrowed static network does, after `compensate`.
+        net: The student, which computes what the narrowed static network does, after `compensate` and before
+            `settle_norms`: what BatchNorms took up is told from the original's means.
         original: The network that it was made from; left as it is.
         plan: The plan, with its kept channels named.
         batches: Inputs, each as `trace` takes them, on the networks' device.
