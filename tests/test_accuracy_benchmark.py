@@ -239,6 +239,7 @@ def test_the_plot_has_a_point_per_arm_and_budget() -> None:
     assert found["dynet"] == [(0.25, pytest.approx(72), 0.0), (0.33, pytest.approx(85), pytest.approx(1))]
     assert points(ROWS, {(NAME, "dynet"): 0.7}) == {"dynet": [(0.7, pytest.approx(85), pytest.approx(1))]}
     left, _ = draw(NETWORKS["resnet20"], ROWS, TIMED).axes
+    assert len(draw(NETWORKS["resnet20"], ROWS, []).axes) == 1  # without times there is nothing to put on the other
     assert {text.get_text() for text in left.get_legend().get_texts()} == {"original", "static", PRUNED.title, "dynet"}  # type: ignore[union-attr]
 
 

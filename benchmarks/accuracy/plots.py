@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,22 +20,23 @@ if TYPE_CHECKING:
 Point = tuple[float, float, float]
 """Cost, mean score, sample standard deviation (0 with one seed)."""
 
+_NARROW = 0.1  # of an axis of costs
+
 
 def draw(network: Network, rows: Sequence[Row], timed: Sequence[Time]) -> Figure:
-    """Two panels that share the axis of scores; static arms are dashed, bars are one standard deviation."""
+    """A panel for MACs and, once there are times, one of these; static arms are dashed, bars one standard deviation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 5.6), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
     clock = {(t.subject, t.form): t.ratio for t in timed if t.batch == 1}
-    for axes, found, name in (
-        (left, points(rows), "MACs"),
-        (right, points(rows, clock), "time at batch 1"),
-    ):
+    panels = [(points(rows), "MACs"), (points(rows, clock), "time at batch 1")]
+    panels = [panel for panel in panels if panel[0]]
+    figure = Figure(figsize=(6.5 * len(panels), 5.6), dpi=150, layout="constrained")
+    (row,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (found, name) in zip(row, panels, strict=True):
         _panel(axes, found)
         axes.set_xlabel(f"{name}, as a share of the original's", color=INK)
-        if any(found.values()):
-            axes.axhline(100 * rows[0].original_accuracy, color=INK, linewidth=1, linestyle=":", label="original")
+        axes.axhline(100 * rows[0].original_accuracy, color=INK, linewidth=1, linestyle=":", label="original")
+    left = row[0]
     left.set_ylabel(f"{network.score}, %", color=INK)
     left.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.suptitle(network.title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
@@ -42,19 +44,20 @@ def draw(network: Network, rows: Sequence[Row], timed: Sequence[Time]) -> Figure
 
 
 def points(rows: Sequence[Row], clock: Mapping[tuple[str, str], float] | None = None) -> dict[str, list[Point]]:
-    """Per arm its points, the cheapest first, of the longest training there is.
+    """Per arm its points, the cheapest first, of the epochs that most rows have.
 
     Args:
         rows: Of one network.
         clock: Times by comparison and arm; without, the cost is in MACs.
     """
-    longest, found = max(row.epochs for row in rows), {}
+    ((usual, _),) = Counter(row.epochs for row in rows).most_common(1)
+    found = {}
     for arm in ARMS:
-        own = [row for row in rows if row.arm == arm and row.epochs == longest]
+        own = [row for row in rows if row.arm == arm and row.epochs == usual]
         line = []
         for budget in dict.fromkeys(row.budget for row in own):
             same = [row for row in own if row.budget == budget]
-            name = f"{same[0].network}, {budget}, {longest} epochs"
+            name = f"{same[0].network}, {budget}, {usual} epochs"
             cost = same[0].macs / same[0].original_macs if clock is None else clock.get((name, arm))
             if cost is not None:
                 said = [100 * row.accuracy for row in same]
@@ -75,3 +78,6 @@ def _panel(axes: Axes, found: Mapping[str, Sequence[Point]]) -> None:
         costs, means, spreads = zip(*line, strict=True)
         style = {"linestyle": "--", "markerfacecolor": "white"} if ARMS[arm].control else {}
         axes.errorbar(costs, means, spreads, color=colours[arm], marker="o", linewidth=1.2, label=arm, **style)  # type: ignore[arg-type]
+    low, high = (end(cost for line in found.values() for cost, *_ in line) for end in (min, max))
+    if high - low < _NARROW:  # one budget: differences within it are no more than how it was landed on
+        axes.set_xlim((low + high - _NARROW) / 2, (low + high + _NARROW) / 2)
