@@ -94,7 +94,7 @@ def test_methods_lists_every_method_with_paper_and_options(command: Command) -> 
         (f"run {DIGITS} --data.root /x", "data: digits.DigitsData has no argument 'root'"),
         (f"run {DIGITS} --target 0%", "target '0%' must be positive"),
         (f"run {DIGITS} --target 1%", "can't be reached with method 'dynet'"),
-        (f"run {DIGITS} --method odd", "no method 'odd'; known: c2sp, "),
+        (f"run {DIGITS} --method odd", "no method 'odd'; known: auto, c2sp, "),
         (f"plan {DIGITS} --ignore [nothing]", "ignore 'nothing' matches no layer"),
         (f"plan {DIGITS} --baseline.checkpoint lost.pt", "lost.pt"),
         ("run lost.yaml", "recipe 'lost.yaml': No such file or directory"),
