@@ -354,8 +354,8 @@ MESSAGES: dict[str, tuple[Callable[[], object], tuple[str, str, str]]] = {
     "temperature": (lambda: DistillConfig(temperature=1e30), ("1e+30", "0.001 to 10000", "1 to 10 is usual")),
     "kind": (lambda: DistillConfig(kind=[]), ("[]", "logits, dist, dkd, channels, mse", "choose")),  # type: ignore[arg-type]
     "features": (lambda: DistillConfig(features={3: 1.0}), ("3", "names of modules are text", "such as 'layer3'")),  # type: ignore[dict-item]
-    "method": (lambda: configured("dynett", {}), ("'dynett'", "known: auto, c2sp, condconv", "did you mean")),
-    "method, no name": (lambda: configured(["dynet"], {}), ("['dynet']", "known: auto, c2sp, condconv", "did you mean")),  # type: ignore[arg-type]
+    "method": (lambda: configured("dynett", {}), ("'dynett'", "known: auto, c2sp", "did you mean")),
+    "method, no name": (lambda: configured(["dynet"], {}), ("['dynet']", "known: auto, c2sp", "did you mean")),  # type: ignore[arg-type]
     "option": (lambda: configured("dynet", {"G": 4}), ("'G'", "g, router, reduction, placement", "use one of those")),
     "options": (lambda: configured("dynet", [4]), ("[4]", "mapping of names", "give a dict")),  # type: ignore[arg-type]
     "g": (lambda: configured("dynet", {"g": True}), ("True", "2 to 1024", "give")),
