@@ -156,7 +156,7 @@ def main(words: list[str]) -> None:
     if given.data is not None:
         torch.set_num_threads(1)
         keep_freed_memory()
-        with importable(ROOT / "recipes"):
+        with importable(str(ROOT / "recipes")):
             from cifar10 import Cifar10Data, ResNet  # type: ignore[import-not-found]
         data, net = Cifar10Data(str(given.data), BATCH), ResNet(20).eval()
         data.setup("fit")

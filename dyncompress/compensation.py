@@ -85,16 +85,16 @@ class WarmStart:
         """A warm start by the name of its ``fit``, or as it is."""
         return given if isinstance(given, WarmStart) else cls(fit=given)  # type: ignore[arg-type]
 
-    def within(self, batches: int, warmup: float) -> WarmStart:
-        """The same, where a training gives it so many batches and such a warm-up.
+    def within(self, batches: int, warmup: float = 0.0) -> WarmStart:
+        """The same, where it is given so many batches, and a training has such a warm-up.
 
         Raises:
             DynCompressError: If fitted dynamics get no batches, or are held back by the warm-up.
         """
         if self.dynamics == "fitted" and not batches:
             raise DynCompressError(
-                "dynamics 'fitted' has no batch to be fitted on, as recalibrate is 0: 8 is usual; or choose"
-                " dynamics 'zero'"
+                "dynamics 'fitted' has no batch to be fitted on: give convert a list of a few inputs as calibrate, or"
+                " a training recalibrate=8; or choose dynamics 'zero'"
             )
         if self.dynamics == "fitted" and warmup:
             raise DynCompressError(

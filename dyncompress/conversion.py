@@ -103,14 +103,9 @@ def convert_(
 
     Parameters that a method doesn't replace keep their identity.
     """
-    start = WarmStart.of(warm_start)
-    plan = resolve(net, plan)
     found = [] if calibrate is None else _listed(calibrate)
-    if start.dynamics == "fitted" and not found:
-        raise DynCompressError(
-            "dynamics 'fitted' has no batch to be fitted on: give calibrate a list of a few inputs of the network, or"
-            " choose dynamics 'zero'"
-        )
+    start = WarmStart.of(warm_start).within(len(found))
+    plan = resolve(net, plan)
     twin = None if calibrate is None else duplicate(net)
     with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
         layers = _layers(plan)

@@ -28,24 +28,21 @@ class _EnoughError(BaseException):
 
 @dataclass
 class Sample:
-    """What one call of a layer computed in the original: places [B, P] of its output, and values [B, P, out].
+    """What one call of a layer computed in the original.
 
-    ``first`` is the number of the first of its images among all.
+    Attributes:
+        places: [B, P], of its output.
+        values: [B, P, out].
+        held_out: [B], which images decide what dynamics are kept, and are not fitted to: every fifth of all.
     """
 
     places: Tensor
     values: Tensor
-    first: int = 0
+    held_out: Tensor
 
     def at(self, images: Tensor) -> Sample:
         """Of some of its images."""
-        return Sample(self.places[images], self.values[images], self.first)
-
-    @property
-    def held_out(self) -> Tensor:
-        """[B], which images decide what dynamics are kept, and are not fitted to: every fifth."""
-        number = self.first + torch.arange(len(self.places), device=self.places.device)
-        return number % EACH == EACH - 1
+        return Sample(self.places[images], self.values[images], self.held_out[images])
 
 
 def sampled(
@@ -73,7 +70,8 @@ def sampled(
             values = values if stay is None else values[..., stay.to(out.device)]
             of_layer = samples.setdefault(name, [[] for _ in batches])
             first = sum(len(calls[0].places) for calls in of_layer[:at_batch] if calls)
-            of_layer[at_batch].append(Sample(at, values, first))
+            number = first + torch.arange(images, device=out.device)
+            of_layer[at_batch].append(Sample(at, values, number % EACH == EACH - 1))
 
         return look
 
@@ -88,21 +86,29 @@ def sampled(
     return samples
 
 
+def batched(module: nn.Module, t: Tensor) -> Tensor:
+    """Input or output of a layer with its batch dimension: [images, ..., channels] or [images, channels, ...]."""
+    least = 2 if isinstance(module, nn.Linear) else len(module.kernel_size) + 2  # type: ignore[arg-type]
+    return t if t.dim() >= least else t.unsqueeze(0)
+
+
 def places_last(module: nn.Module, t: Tensor) -> Tensor:
     """Input or output of a layer as [images, places, channels]."""
+    t = batched(module, t)
     if isinstance(module, nn.Linear):
-        return t.reshape(t.shape[0], -1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, 1, -1)
-    t = t if t.dim() == len(module.kernel_size) + 2 else t.unsqueeze(0)  # type: ignore[arg-type]
+        return t.reshape(t.shape[0], -1, t.shape[-1])
     return t.flatten(2).transpose(1, 2)
 
 
 def patches_of(module: nn.Module, x: Tensor, places: Tensor) -> Tensor:
-    """What a layer reads at places [B, P] of its output: [groups, B * P, in / groups * taps], as its weight has it."""
+    """What a layer reads at places [B, P] of its output: [groups, B * P, in / groups * taps], as its weight has it.
+
+    The input x has a batch dimension.
+    """
     if isinstance(module, nn.Linear):
         read = places_last(module, x).take_along_dim(places.unsqueeze(2), 1)
         return read.flatten(0, 1).unsqueeze(0)
     spec = ConvSpec.of(module)  # type: ignore[arg-type]
-    x = x if x.dim() == spec.ndim + 2 else x.unsqueeze(0)
     sizes = spec.output_size(x.shape[2:])
     pads = [side for pair in reversed(spec.pads) for side in pair]
     x = F.pad(x, pads, mode="constant" if spec.padding_mode == "zeros" else spec.padding_mode).movedim(1, -1)
@@ -124,7 +130,10 @@ def collect(
     calls: Sequence[Sequence[Sample]],
     take: Callable[[Tensor, Sample], None],
 ) -> str:
-    """Run the network up to a layer on every batch and hand on what the layer reads; a reason where that can't be."""
+    """Run the network up to a layer on every batch and hand on what the layer reads; a reason where that can't be.
+
+    What is handed on has a batch dimension, also where the layer reads a single image without one.
+    """
     waiting: list[Sample] = []
     odd = ""
 
@@ -134,7 +143,7 @@ def collect(
         if places_last(module, out).shape[::2] != (len(sample.places), sample.values.shape[2]):
             odd = "what it computes has another shape than in the original"
         elif not odd:
-            take(x, sample)
+            take(batched(layer, x), sample)
         if not waiting:
             raise _EnoughError
 
