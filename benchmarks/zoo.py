@@ -121,7 +121,6 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names; '*' is any text")
-    parser.add_argument("--fast", action="store_true", help="twenty small ones, which the slow tests try")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; rows that are there are kept")
     parser.add_argument("--targets", type=int, nargs="+", help="percent of the MACs: 50 25, of the peer 50")
     parser.add_argument("--peer", action="store_true", help="torch-pruning instead of dyncompress")
@@ -138,11 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     sys.path[:0] = [str(ROOT / "tests"), str(options.libraries)]
     warm([*_PRELOAD, "benchmarks.peer" if options.peer else "benchmarks.ours"])
 
-    from benchmarks.networks import FAST, NETWORKS
+    from benchmarks.networks import NETWORKS
 
     arm = "peer" if options.peer else "ours"
     known = () if options.fresh else read(options.out)[arm]
-    wanted = FAST if options.fast else [n for n in NETWORKS if any(fnmatchcase(n, glob) for glob in options.only)]
+    wanted = [n for n in NETWORKS if any(fnmatchcase(n, glob) for glob in options.only)]
     names = [name for name in wanted if name not in known]
     targets = options.targets or ([50] if options.peer else [50, 25])
     run(arm, names, targets, options.limit, options.jobs, options.out, Console())

@@ -16,7 +16,7 @@ from dyncompress.compensation import WarmStart, compensate
 from dyncompress.conversion import convert, narrowed, plan_of, resolve, settle_norms
 from dyncompress.layers import DynamicConv
 from dyncompress.ridge import Problem
-from dyncompress.samples import patches_of
+from dyncompress.samples import Sample, collect, patches_of
 from tests.classifiers import classifier, equal, fit, loader, weights
 
 
@@ -104,6 +104,18 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.two(self.one(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "image", "out"),
+    [(nn.Conv2d(3, 4, 3), (3, 5, 5), (9, 4)), (nn.Linear(6, 4), (6,), (1, 4))],
+    ids=["conv", "linear"],
+)
+def test_an_image_without_a_batch_is_a_batch_of_one(layer: nn.Module, image: Any, out: tuple[int, int]) -> None:
+    places, values, read = torch.arange(out[0])[None], torch.zeros(1, *out), list[Tensor]()
+    calls = [[Sample(places, values, torch.tensor([False]))]]
+    assert collect(nn.Sequential(layer), layer, [torch.ones(image)], calls, lambda x, _: read.append(x)) == ""
+    assert [x.shape for x in read] == [(1, *image)]
 
 
 def test_what_was_there_twice_is_recovered_when_one_of_each_is_cut() -> None:
