@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(words: Sequence[str]) -> None:
     from dyncompress.planning import reachable
-    from dyncompress.runner import telling
+    from dyncompress.runner import telling, torch_threads
     from dyncompress.subject import Subject
 
     recipe = read_recipe(words, "dyncompress plan")
@@ -121,7 +121,8 @@ def _plan(words: Sequence[str]) -> None:
                 static=recipe.static, floors=recipe.floors, quantity=quantity,
             )  # fmt: skip
             console.print(f"reachable with {recipe.method}: {reach}", highlight=False)
-    with console.status("planning") as status:
+    keep_freed_memory()  # a plan for a time is measured as `run` will run it: the same threads, the same allocator
+    with console.status("planning") as status, torch_threads(recipe.threads):
         plan = subject.plan(telling(status))
     console.print(plan.table())
     if recipe.out:

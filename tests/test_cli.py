@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import dyncompress
 from dyncompress import runner
@@ -49,6 +50,16 @@ def test_plan_tells_every_limit(command: Command) -> None:
     told = " ".join(out.split())
     assert "MACs (" in told and "parameters (" in told
     assert "asked 33.00% of the MACs, achieved" in told and "asked 90.00% of the parameters, achieved" in told
+
+
+def test_plan_measures_times_with_the_recipes_threads(command: Command, tmp_path: Path) -> None:
+    threads = torch.get_num_threads() + 1
+    path = tmp_path / "plan.json"
+    words = f"--target 80%latency --method static --model.widths [8,16] --threads {threads} --out {path}"
+    code, out, err = command(f"plan {DIGITS} {words}")
+    assert (code, err) == (0, "")
+    assert f"cpu, {threads} threads" in " ".join(out.split())
+    assert torch.get_num_threads() == threads - 1
 
 
 def test_plan_measures_what_the_allocation_asks_for(
