@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.execution import dynamic_conv
-from dyncompress.layers.inference import BlockRouter, ShippedConv, arranged
+from dyncompress.layers.inference import BlockRouter, MixedConv, arranged
 from dyncompress.layers.method import DynamicConv, Method, register_method
 from dyncompress.layers.placement import check_placement, placed
 from dyncompress.layers.router import Handover, RouterLinear, Squeeze
@@ -291,7 +291,7 @@ class DyNetConv(DynamicConv):
         start = 0
         for index, layer in enumerate(layers):
             own, reader = (router, None) if index == 0 else (None, index - 1)
-            made.append(ShippedConv(layer.spec, layer.bank, layer.bias, start, own, handover, reader, cls.method))
+            made.append(MixedConv(layer.spec, layer.bank, layer.bias, start, own, handover, reader, cls.method))
             start += len(biases[index])
         return made
 

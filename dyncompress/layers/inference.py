@@ -5,6 +5,7 @@ The same numbers as the layers that it is made of, by fewer and cheaper calls:
 * The rows of a block's router are one matrix: one product and one sigmoid per block, not per layer.
 * The bank lies in memory as [g, out, ...], so that mixing reads g long streams (one CPU thread, 256 channels, 3x3,
   g = 4: half the time of [out, g, ...], which training keeps for the sake of its gradients).
+* Where channels are scaled, factors that are the same for all images are part of the kernel.
 * A pointwise convolution of one image is one matrix product that adds the bias, too.
 """
 
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError
+from dyncompress.layers.channels import per_channel
 from dyncompress.layers.execution import CONV, convolve, dynamic_conv
 from dyncompress.layers.method import DynamicConv
 from dyncompress.layers.mixing import autocasts
 from dyncompress.layers.router import LIMIT, Handover
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["BlockRouter", "ShippedConv", "arranged", "reuse_kernels"]
+__all__ = ["BlockRouter", "MixedConv", "ScaledConv", "ShippedConv", "arranged", "reuse_kernels"]
 
 # torch multiplies matrices with fewer products than this in a plain loop, ten times slower than elementwise arithmetic.
 _SMALL_PRODUCT = 400
@@ -64,6 +66,69 @@ class BlockRouter(nn.Module):
 
 
 class ShippedConv(DynamicConv):
+    """A convolution with one kernel per image, as it is shipped.
+
+    A subclass has ``bias`` and says how a kernel comes about (:meth:`mixed`) and what a batch is convolved by
+    (:meth:`many`).
+
+    Args:
+        spec: Its shapes.
+        bias: [out], or None.
+        method: Name of the method, for people.
+    """
+
+    bias: nn.Parameter | None
+    _kernel: Tensor | None
+
+    def __init__(self, spec: ConvSpec, bias: Tensor | None, method: str) -> None:
+        super().__init__(spec)
+        self.method = method  # type: ignore[misc]
+        self.register_parameter("bias", None if bias is None else _constant(bias))
+        # Asked once, since a spec computes its answers.
+        self._weight_shape, self._pads, self._dims = spec.weight_shape, spec.even_pads, spec.ndim + 2
+        self._pointwise = spec.is_pointwise and bias is not None
+        self._reuse, self._kernel = False, None
+
+    def mixed(self, x: Tensor, alone: bool) -> tuple[Tensor | None, Tensor]:
+        """The kernel of the only image of a batch, or None where there are more, and all coefficients."""
+        raise NotImplementedError(f"{type(self).__name__} must implement mixed")
+
+    def many(self, x: Tensor, eta: Tensor) -> Tensor:
+        """The output, where `mixed` gave no kernel."""
+        raise NotImplementedError(f"{type(self).__name__} must implement many")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [B, in, *size] -> [B, out, *size']."""
+        shape = x.shape
+        if len(shape) != self._dims or shape[1] != self.in_channels:
+            self.check_input(x)
+        alone, kernel = shape[0] == 1, self._kernel
+        if kernel is None:
+            if self._reuse and not alone:
+                raise DynCompressError(
+                    f"reuse_kernels met a batch of {x.shape[0]} first; the kernels that are reused are those of one"
+                    " image: run the network on a batch of 1 before the others"
+                )
+            if autocasts(x):
+                with torch.autocast(x.device.type, enabled=False):
+                    kernel, eta = self.mixed(x, alone)
+            else:
+                kernel, eta = self.mixed(x, alone)
+            if kernel is None:
+                return self.many(x, eta)
+            if self._reuse:
+                self._kernel = kernel
+        bias = self._parameters["bias"]
+        if self._pointwise and alone and not torch.compiler.is_compiling():  # runtimes fuse what follows convolutions
+            assert bias is not None
+            out = torch.baddbmm(bias.view(1, -1, 1), kernel.view(1, -1, shape[1]), x.flatten(2))
+            return out.view(1, -1, *shape[2:])
+        if self._pads is None:
+            return convolve(x, kernel, bias, self.spec, self.groups)
+        return CONV[self._dims - 2](x, kernel, bias, self.stride, self._pads, self.dilation, self.groups)
+
+
+class MixedConv(ShippedConv):
     """A convolution that mixes its kernels from a bank.
 
     Args:
@@ -88,59 +153,24 @@ class ShippedConv(DynamicConv):
         reader: int | None,
         method: str,
     ) -> None:
-        super().__init__(spec)
-        self.method = method  # type: ignore[misc]
+        super().__init__(spec, bias, method)
         self.by_product = is_product(bank)
         stacked = bank.detach().flatten(2).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         self.bank = nn.Parameter(stacked.transpose(0, 1) if self.by_product else stacked, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else _constant(bias))
         self.add_module("router", router)
         self.handover, self.reader = handover, reader
         self.first, self.count, self.g = first, bank.shape[0] * bank.shape[1], bank.shape[1]
-        # Asked once, since a spec computes its answers.
-        self._weight_shape, self._pads, self._dims = spec.weight_shape, spec.even_pads, spec.ndim + 2
-        self._pointwise = spec.is_pointwise and bias is not None
-        self._reuse, self._kernel = False, None
 
-    bias: nn.Parameter | None
-    _kernel: Tensor | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Input [B, in, *size] -> [B, out, *size']."""
-        shape = x.shape
-        if len(shape) != self._dims or shape[1] != self.in_channels:
-            self.check_input(x)
-        alone, kernel = shape[0] == 1, self._kernel
-        if kernel is None:
-            if self._reuse and not alone:
-                raise DynCompressError(
-                    f"reuse_kernels met a batch of {x.shape[0]} first; the kernels that are reused are those of one"
-                    " image: run the network on a batch of 1 before the others"
-                )
-            if autocasts(x):
-                with torch.autocast(x.device.type, enabled=False):
-                    kernel, eta = self._mixed(x, alone)
-            else:
-                kernel, eta = self._mixed(x, alone)
-            if kernel is None:
-                return dynamic_conv(x, *self._as_trained(eta), self.bias, self.spec)
-            if self._reuse:
-                self._kernel = kernel
-        bias = self._parameters["bias"]
-        if self._pointwise and alone and not torch.compiler.is_compiling():  # runtimes fuse what follows convolutions
-            assert bias is not None
-            out = torch.baddbmm(bias.view(1, -1, 1), kernel.view(1, -1, shape[1]), x.flatten(2))
-            return out.view(1, -1, *shape[2:])
-        if self._pads is None:
-            return convolve(x, kernel, bias, self.spec, self.groups)
-        return CONV[self._dims - 2](x, kernel, bias, self.stride, self._pads, self.dilation, self.groups)
-
-    def _mixed(self, x: Tensor, alone: bool) -> tuple[Tensor | None, Tensor]:
+    def mixed(self, x: Tensor, alone: bool) -> tuple[Tensor | None, Tensor]:
+        """See :meth:`ShippedConv.mixed`; coefficients [B, out * g]."""
         eta = self._coefficients(x)
         return self._mix(eta) if alone else None, eta
 
+    def many(self, x: Tensor, eta: Tensor) -> Tensor:
+        """See :meth:`ShippedConv.many`."""
+        return dynamic_conv(x, *self._as_trained(eta), self.bias, self.spec)
+
     def _coefficients(self, x: Tensor) -> Tensor:
-        """This layer's coefficients [B, out * g]."""
         router, handover = self._modules["router"], self.handover
         if router is not None:
             eta: Tensor = router.forward(x)
@@ -170,6 +200,61 @@ class ShippedConv(DynamicConv):
     def extra_repr(self) -> str:
         """Method, shapes and g."""
         return f"{super().extra_repr()}, g={self.g}, as shipped"
+
+
+class ScaledConv(ShippedConv):
+    """A convolution whose channels, in and out, are scaled per image: y = f * (W conv (c * x)) + bias.
+
+    With [c, f] = 2 sigmoid of what the router says; the factors of 2 are part of the kernel. One image's kernel takes
+    them all in where it is smaller than the maps.
+
+    Args:
+        spec: Its shapes.
+        kernel: W [out, in / groups, *kernel].
+        bias: [out], or None.
+        filters: Whether there is an f.
+        router: Predicts the sigmoids [B, in + out], or [B, in].
+        method: Name of the method, for people.
+    """
+
+    def __init__(
+        self, spec: ConvSpec, kernel: Tensor, bias: Tensor | None, filters: bool, router: BlockRouter, method: str
+    ) -> None:
+        super().__init__(spec, bias, method)
+        # [groups, out / groups, in / groups, *kernel], so that the scales of both sides meet it.
+        self.bank = _constant(kernel.unflatten(0, (self.groups, -1)) * (4 if filters else 2))
+        self.router = router
+        self.filters = filters
+        ones = (1,) * spec.ndim
+        self._ins, self._outs = (self.groups, 1, -1, *ones), (self.groups, -1, 1, *ones)
+
+    def mixed(self, x: Tensor, alone: bool) -> tuple[Tensor | None, Tensor]:
+        """See :meth:`ShippedConv.mixed`; sigmoids [B, in + out]."""
+        router, bank = self._modules["router"], self._parameters["bank"]
+        assert router is not None and bank is not None
+        eta: Tensor = router.forward(x)
+        if not alone or (bank.numel() > x.numel() and not self._reuse):
+            return None, eta
+        if eta.dtype != bank.dtype:
+            eta = eta.to(bank.dtype)
+        scale = eta.narrow(1, 0, self.in_channels).view(self._ins)
+        if self.filters:
+            scale = eta.narrow(1, self.in_channels, self.out_channels).view(self._outs) * scale
+        return (bank * scale).view(self._weight_shape), eta
+
+    def many(self, x: Tensor, eta: Tensor) -> Tensor:
+        """See :meth:`ShippedConv.many`."""
+        x = x * per_channel(eta[:, : self.in_channels], x)
+        kernel = self.bank.view(self._weight_shape)
+        if not self.filters:
+            return convolve(x, kernel, self.bias, self.spec, self.groups)
+        out = convolve(x, kernel, None, self.spec, self.groups)
+        scale = per_channel(eta[:, self.in_channels :], out)
+        return out * scale if self.bias is None else torch.addcmul(per_channel(self.bias, out), out, scale)
+
+    def extra_repr(self) -> str:
+        """Method, shapes, and what is scaled."""
+        return f"{super().extra_repr()}, attention to channels{', filters' if self.filters else ''}, as shipped"
 
 
 def is_product(bank: Tensor) -> bool:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from dyncompress.layers.annealing import Temperature, check_annealing
 from dyncompress.layers.channels import per_channel
 from dyncompress.layers.execution import convolve, dynamic_conv
+from dyncompress.layers.inference import BlockRouter, ScaledConv
 from dyncompress.layers.method import Method, PerLayer, register_method
 from dyncompress.layers.mixing import kernels_of
 from dyncompress.layers.options import check_flag
@@ -241,6 +242,18 @@ class ODConvLayer(SharedBank):
         if self.heads.taps:
             eta = taps.unsqueeze(2) if eta is None else taps.unsqueeze(2) * eta
         return channels, filters if self.heads.filters else None, eta
+
+    @classmethod
+    def shipped(cls, layers: Sequence[ODConvLayer]) -> list[nn.Module]:
+        """Those that scale channels alone as :class:`dyncompress.layers.inference.ScaledConv`, others as they are."""
+        return [layer if layer.heads.taps or layer.heads.kernels else layer._scaled() for layer in layers]
+
+    def _scaled(self) -> ScaledConv:
+        reduce = self.squeeze.reduce
+        assert reduce is not None
+        weight, bias = self.temperature(self.router.weight), self.temperature(self.router.bias)
+        router = BlockRouter(weight, bias, (reduce.weight, reduce.bias))
+        return ScaledConv(self.spec, self.bank[0, 0], self.bias, self.heads.filters > 0, router, self.method)
 
     def anneal(self, progress: float) -> None:
         """Lower the temperature; see :class:`dyncompress.layers.annealing.Temperature`."""

@@ -12,8 +12,8 @@ import networks
 from dyncompress.conversion import convert
 from dyncompress.errors import CheckpointError, DynCompressError
 from dyncompress.folding import fold
-from dyncompress.layers import ConvSite, ConvSpec, DyNet
-from dyncompress.layers.inference import BlockRouter, ShippedConv, reuse_kernels
+from dyncompress.layers import ConvSite, ConvSpec, DynamicConv, DyNet, Method, ODConv
+from dyncompress.layers.inference import BlockRouter, ScaledConv, ShippedConv, reuse_kernels
 from dyncompress.planning import make_plan
 
 BLOCK = [
@@ -25,7 +25,10 @@ BLOCK = [
 ]
 
 
-def block(method: DyNet) -> list[nn.Module]:
+ATTENTION = ODConv(spatial=False, placement="all")
+
+
+def block(method: Method) -> list[nn.Module]:
     """Layers of one block with routers that matter, in double precision."""
     torch.manual_seed(0)
     layers = method.build([ConvSite(f"conv{i}", spec, 64) for i, spec in enumerate(BLOCK)])
@@ -70,17 +73,47 @@ def test_a_block_has_one_router_of_one_product():
     assert [tuple(r.weight.shape) for r in routers] == [(4 * (16 + 24 + 12 + 12 + 8), 12)]
 
 
+@pytest.mark.parametrize("index", range(len(BLOCK)), ids=map(str, BLOCK))
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("side", [4, 32])  # maps smaller and larger than the kernel
+def test_shipped_attention_to_channels_computes_the_same(index, batch, side):
+    layer = block(ATTENTION)[index]
+    layer.anneal(0.05)  # a temperature in between: 15.5
+    (made,) = shipped([layer])
+    assert type(made) is ScaledConv
+    x = torch.randn(batch, layer.in_channels, side, side, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), made(x), rtol=1e-10, atol=1e-12)
+
+
+def test_scales_of_channels_are_the_sigmoids_times_two_each():
+    (made,) = shipped(block(ODConv(spatial=False, placement="all"))[:1])
+    x = torch.randn(1, 12, 8, 8, dtype=torch.float64)
+    eta = made.router(x)[0]
+    static = made.bank.view(16, 12, 3, 3) / 4
+    y = nn.functional.conv2d(x * 2 * eta[:12, None, None], static, padding=1) * 2 * eta[12:, None, None]
+    assert torch.allclose(made(x), y + made.bias[:, None, None], rtol=1e-10, atol=1e-12)
+
+
+def test_attention_that_mixes_is_shipped_as_it_is():
+    for method in (ODConv(placement="all"), ODConv(kernels=2, spatial=False, placement="all")):
+        layer = block(method)[0]
+        assert shipped([layer]) == [layer]
+
+
+@pytest.mark.parametrize("method", [DyNet(4, placement="all"), ATTENTION])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_a_broken_pixel_breaks_what_it_touches_and_no_more(value):
-    layer = shipped(block(DyNet(4, placement="all"))[:1])[0].float()
+def test_a_broken_pixel_breaks_what_it_touches_and_no_more(value, method):
+    layer = shipped(block(method)[:1])[0].float()
     x = torch.zeros(1, 12, 8, 8)
     x[0, 0, 0, 0] = value
     assert layer(x)[..., 3:, 3:].isfinite().all()
 
 
+@pytest.mark.parametrize("method", [DyNet(4, placement="all"), ATTENTION])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_coefficients_stay_in_fp32(dtype):
-    layer = shipped(block(DyNet(4, placement="all"))[:1])[0]
+def test_coefficients_stay_in_fp32(dtype, method):
+    layer = shipped(block(method)[:1])[0]
     x = torch.randn(1, 12, 8, 8).to(dtype)
     assert layer.to(dtype).router(x).dtype == torch.float32
     assert layer(x).dtype == dtype
@@ -89,8 +122,9 @@ def test_coefficients_stay_in_fp32(dtype):
         assert layer(x).dtype == torch.bfloat16
 
 
-def test_autocast_predicts_and_mixes_in_full_precision():
-    layer = shipped(block(DyNet(64, placement="all"))[:1])[0].float()
+@pytest.mark.parametrize("method", [DyNet(64, placement="all"), ATTENTION])
+def test_autocast_predicts_and_mixes_in_full_precision(method):
+    layer = shipped(block(method)[:1])[0].float()
     x = torch.randn(1, 12, 8, 8)
     with reuse_kernels(layer):
         layer(x)
@@ -100,17 +134,21 @@ def test_autocast_predicts_and_mixes_in_full_precision():
         assert torch.equal(layer._kernel, expected)
 
 
-def student():
+def student(method="dynet", **options):
     net, x = networks.make(networks.Residual)
-    made = convert(net, make_plan(net, x, "60%")).eval()
+    made = convert(net, make_plan(net, x, "60%", method, options=options)).eval()
     for name, p in made.named_parameters():
         if "router" in name:
             nn.init.normal_(p, std=0.3)
+    for layer in made.modules():
+        if isinstance(layer, DynamicConv):
+            layer.anneal(1.0)
     return made, x
 
 
-def test_kept_kernels_are_those_of_the_first_image():
-    made, x = student()
+@pytest.mark.parametrize(("method", "options"), [("dynet", {}), ("odconv", {"spatial": False})])
+def test_kept_kernels_are_those_of_the_first_image(method, options):
+    made, x = student(method, **options)
     folded = fold(made)
     first, second = torch.randn(1, *x.shape[1:]), torch.randn(3, *x.shape[1:])
     with torch.no_grad():
@@ -155,7 +193,7 @@ def test_a_folded_network_can_be_copied_and_says_what_it_is():
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(copy.deepcopy(folded)(x), folded(x))
     layer = next(m for m in folded.modules() if isinstance(m, ShippedConv))
-    assert str(layer).startswith("ShippedConv(\n  dynet, ") and "g=4, as shipped" in str(layer)
+    assert str(layer).startswith("MixedConv(\n  dynet, ") and "g=4, as shipped" in str(layer)
 
 
 def test_a_folded_network_is_not_taken_for_a_student(tmp_path):
