@@ -30,7 +30,7 @@ from dyncompress.layers import ConvSite, ConvSpec, DynamicConv, Method
 from dyncompress.provenance import Environment
 from dyncompress.typed import MistypedError, typed
 
-SCHEMA = 1
+SCHEMA = 2
 """Raise it when layers come to run in another way: a table of before is then no table."""
 SECONDS = 1.5
 """Time that one measurement takes, where its least number of rounds doesn't take longer."""
