@@ -31,7 +31,7 @@ from dyncompress.provenance import Environment
 from dyncompress.typed import MistypedError, typed
 
 SCHEMA = 2
-"""Raise it when layers come to run in another way: a table of before is then no table."""
+"""Raise it when layers come to run in another way: a table of before is then no table, and the cache begins another."""
 SECONDS = 1.5
 """Time that one measurement takes, where its least number of rounds doesn't take longer."""
 _LEAST, _MOST = 25, 200  # rounds
@@ -334,4 +334,4 @@ def cache_folder() -> Path:
 
 
 def _digest(device: Device) -> str:
-    return hashlib.sha256(json.dumps(dataclasses.asdict(device)).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([SCHEMA, dataclasses.asdict(device)]).encode()).hexdigest()[:16]

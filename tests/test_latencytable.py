@@ -94,7 +94,7 @@ def edited(change):
         (lambda path: path.write_bytes(b"\xff\xfe"), "decode"),
         (lambda path: path.write_text("[" * 100_000, "utf-8"), "recursion"),
         (edited(lambda data: data.pop("layers")), "lacks 'layers'"),
-        (edited(lambda data: data.update(schema=99)), "schema is 99, this version writes 1"),
+        (edited(lambda data: data.update(schema=99)), "schema is 99, this version writes 2"),
         (edited(lambda data: data["device"].update(threads=64)), "is of .*64 threads.*and this is"),
         (edited(lambda data: data["layers"].update({str(NARROW): "1"})), "it takes a number"),
         (edited(lambda data: data["layers"].update({str(NARROW): -1.0})), r"8 -> 8.*is -1.0; a time is positive"),
@@ -107,6 +107,13 @@ def test_a_file_that_is_damaged_or_of_another_device_is_refused_with_the_reason(
     damage(table.path)
     with pytest.raises(PlanError, match=rf"(?s)table at '.*json' can't be read \(.*{reason}.*\); delete it"):
         LatencyTable(folder=tmp_path)
+
+
+def test_layers_that_run_in_another_way_have_another_file_in_the_cache(monkeypatch):
+    before = LatencyTable().path
+    assert LatencyTable().path == before
+    monkeypatch.setattr("dyncompress.latencytable.SCHEMA", 99)
+    assert LatencyTable().path.parent == before.parent and LatencyTable().path != before
 
 
 def test_the_folder_is_the_users_cache(monkeypatch, tmp_path):
