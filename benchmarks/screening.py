@@ -168,7 +168,8 @@ def main(words: list[str]) -> None:
     table = Table(*Row.__dataclass_fields__)
     for row in store.read():
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in vars(row).values()))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
 
 
 if __name__ == "__main__":
