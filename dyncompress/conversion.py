@@ -75,7 +75,7 @@ def convert(
     Args:
         net: The network that the plan was made for.
         plan: The decision.
-        seed: Of the noise that tells the kernels of a bank apart, and of what is sampled of the batches.
+        seed: Of routers, of the noise that tells the kernels of a bank apart, and of what is sampled of the batches.
         calibrate: A few inputs, each as `trace` takes them, on the network's device: what the cut left is fitted to
             the original on them (``warm_start``), and BatchNorm statistics are estimated anew. Without them weights
             and statistics are those of the kept channels.
@@ -107,7 +107,8 @@ def convert_(
     start = WarmStart.of(warm_start).within(len(found))
     plan = resolve(net, plan)
     twin = None if calibrate is None else duplicate(net)
-    with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
+    with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded; some routers stay so
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the devices, which are not forked
         layers = _layers(plan)
     fitted = start.dynamics == "fitted" and bool(layers)
     originals = {op.module: _filters(net.get_submodule(op.module))[0].detach() for op in plan.graph.convs}

@@ -24,7 +24,7 @@ def flat(net, x):
 def test_step_zero_equals_the_narrowed_static_network(network):
     net, x = networks.make(network)
     before = copy.deepcopy(net.state_dict())
-    plan = make_plan(net, x, "55%", options={"placement": "all"})
+    plan = make_plan(net, x, "55%", "dynet", options={"placement": "all"})
     student, reference = convert(net, plan), narrowed(net, plan)
     assert (flat(student, x) - flat(reference, x)).abs().max() < 1e-4
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
@@ -42,12 +42,19 @@ def test_every_parameter_of_the_student_learns():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
 
 
-def test_same_seed_same_student_other_seed_other_banks():
+@pytest.mark.parametrize(("method", "part"), [("dynet", "bank"), ("auto", "squeeze.reduce.weight")])
+def test_same_seed_same_student_other_seed_other_weights(method, part):
     net, x = networks.make(networks.Residual)
-    plan = make_plan(net, x, "50%")
-    a, b, c = (convert(net, plan, seed=s).state_dict() for s in (0, 0, 1))
+    plan = make_plan(net, x, "50%", method)
+    found = []
+    for state, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(state)  # what others draw is no matter
+        expected = torch.rand(1, generator=torch.Generator().manual_seed(state))
+        found.append(convert(net, plan, seed=seed).state_dict())
+        assert torch.equal(torch.rand(1), expected)  # nor is theirs changed
+    a, b, c = found
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert any(not torch.equal(a[k], c[k]) for k in a if k.endswith("bank"))
+    assert any(not torch.equal(a[k], c[k]) for k in a if k.endswith(part))
 
 
 def test_in_place_keeps_the_identity_of_what_is_not_replaced():
@@ -87,8 +94,8 @@ def test_the_plan_travels_in_the_state_dict():
 
 def test_weights_of_another_plan_are_refused():
     net, x = networks.make(networks.Residual)
-    student = convert(net, make_plan(net, x, "50%"))
-    other = convert(net, make_plan(net, x, "50%", options={"router": "layer"}))
+    student = convert(net, make_plan(net, x, "50%", "dynet"))
+    other = convert(net, make_plan(net, x, "50%", "dynet", options={"router": "layer"}))
     with pytest.raises((CheckpointError, RuntimeError)):
         other.load_state_dict(student.state_dict())
 
