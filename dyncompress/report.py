@@ -120,10 +120,11 @@ class Report:
         And what :func:`dyncompress.arms.notes` finds.
         """
         measured = [outcome for outcome in self.limits if outcome.achieved is not None]
+        timed = any(outcome.limit.quantity == "latency" for outcome in self.limits)
         missed = any(outcome.above for outcome in measured) or (bool(measured) and all(o.below for o in measured))
         return [
             *([f"the target was missed: {self._asked_and_achieved()}"] if missed else []),
-            *notes(self.original, self.static, self.student),
+            *notes(self.original, self.static, self.student, timed),
         ]
 
     def rows(self) -> list[dict[str, Any]]:

@@ -125,8 +125,17 @@ def test_a_good_result_needs_no_warning() -> None:
             "the target was missed: asked 30%, achieved 33.1% of the original's MACs",
         ),
         (
-            report(replace(STUDENT, latency=latencies(1.1, 0.4)), replace(STATIC, latency={})),
-            "FLOPs fell to 33% but batch-1 latency is 1.10x of the original",
+            report(replace(STUDENT, latency=latencies(1.57, 1.06)), replace(STATIC, latency={})),
+            "slower than the original at batch 1 (1.57x) and batch 32 (1.06x) although FLOPs fell to 33%: "
+            "for speed give a latency target or method='static'",
+        ),
+        (
+            report(replace(STATIC, latency=latencies(1.1, 0.4))),  # a student that is static is told no such thing
+            "slower than the original at batch 1 (1.10x) although FLOPs fell to 33%: for speed give a latency target",
+        ),
+        (
+            report(replace(STUDENT, latency=latencies(0.6, 1.1)), replace(STATIC, latency={}), "60% latency"),
+            "slower than the original at batch 32 (1.10x) although FLOPs fell to 33%: for speed give method='static'",
         ),
         (
             report(replace(STUDENT, latency=latencies(0.6, 0.97)), replace(STATIC, latency={})),
