@@ -72,7 +72,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
     Args:
         target: Share of the original's MACs (``0.33``, ``"33%"``), or an absolute cost, or several limits
             (``"33%, 50% params"``); see `make_plan`.
-        method: Registered name of the dynamic convolution, or ``"static"``: the control arm; ``"dynet"`` by default.
+        method: Registered name of the dynamic convolution, or ``"static"``: the control arm; ``"auto"`` by default.
         preset: Name of a paper's network, such as ``"dy-resnet18"``, instead of a method; its widths are those of the
             paper where there is no target. See `make_plan`.
         options: The method's options.
@@ -107,7 +107,7 @@ class DynCompress(*_BASES):  # type: ignore[misc]
     Example:
         >>> callback = DynCompress(target="33%")
         >>> callback.method, callback.distill.temperature
-        ('dynet', 4.0)
+        ('auto', 4.0)
     """
 
     def __init__(

@@ -184,11 +184,12 @@ def make_plan(
             parameters (``"40% params"``) or of measured batch-1 latency (``"60% latency"``). Several hold at once:
             ``"33%, 50% params"``; none is exceeded, and the one that binds is landed on. By default ``"33%"``, or the
             widths of the preset.
-        method: Registered name (see ``dyncompress methods``), or a method with its options; ``"dynet"`` by default.
-            ``"static"`` narrows only: the control arm.
+        method: Registered name (see ``dyncompress methods``), or a method with its options; ``"auto"`` by default,
+            which chooses layer by layer. ``"static"`` narrows only: the control arm.
         preset: Name of a paper's network, such as ``"dy-resnet18"`` (see docs/presets.md), whose method, options,
             placement and, without a target, widths are applied to this one.
-        options: Options of a method given by name, or those in which it shall differ from the preset.
+        options: Options of a method given by name (of ``"auto"`` without one), or those in which it shall differ from
+            the preset.
         allocation: How many channels each group keeps. ``"uniform"``: the same ratio everywhere; ``"importance"``:
             one threshold on the channels' importance; ``"sensitivity"``: the least sum of measured score drops.
         importance: Which channels stay: ``"magnitude"`` of the weights, ``"bn"``: scales of the BatchNorms,
@@ -337,7 +338,6 @@ def asked_method(method: object, options: Mapping[str, Any] | None, paper: Prese
     """The method of `make_plan`'s arguments."""
     if paper is not None:
         return paper.configured(method, options)
-    method = "dynet" if method is None else method
     if isinstance(method, type) or not isinstance(method, Method):
         return configured(method, options)  # type: ignore[arg-type]  # what is no name is refused with the names
     if options:

@@ -56,7 +56,7 @@ class Recipe:
         max_drop: Instead of a target: points of the validation score that may be lost, 1.0 say; the cheapest network
             within them is searched (docs/max_drop.md).
         search: How that search goes about it.
-        method: What its convolutions become; `dyncompress methods` lists the names. dynet by default.
+        method: What its convolutions become; `dyncompress methods` lists the names. auto by default.
         preset: Instead of a method: a paper's network, such as dy-resnet18; docs/presets.md lists the names.
         options: Options of the method.
         allocation: How widths share the budget: uniform, importance, or sensitivity (measured score drops).

@@ -38,7 +38,8 @@ EXAMPLE = torch.zeros(1, 3, 8, 8)
         ({"target": "150%"}, BudgetError, "at most 1"),
         ({"target": "half"}, BudgetError, "'half' is unreadable"),
         ({"target": 0.5, "method": "dynett"}, UnknownMethodError, "did you mean 'dynet'"),
-        ({"target": 0.5, "options": {"h": 2}}, DynCompressError, "no option 'h'"),
+        ({"target": 0.5, "method": "dynet", "options": {"h": 2}}, DynCompressError, "no option 'h'"),
+        ({"target": 0.5, "options": {"g": 2}}, DynCompressError, "default, 'auto', has no option 'g'.*method='dynet'"),
         ({"target": 0.5, "recalibrate": -1}, DynCompressError, "recalibrate -1"),
         ({"target": "50%, 40%"}, BudgetError, "limits MACs twice"),
         ({"target": 0.5, "allocation": "best"}, PlanError, "'best' is unknown; choose one of uniform"),
@@ -64,7 +65,7 @@ def untouched(module: Any, callback: Any, error: type[Exception], message: str, 
 
 
 def test_an_unreachable_target_gives_the_range() -> None:
-    untouched(Classifier(), DynCompress(0.001), BudgetError, "can't be reached with method 'dynet': .* to .* MACs")
+    untouched(Classifier(), DynCompress(0.001), BudgetError, "can't be reached with method 'auto': .* to .* MACs")
 
 
 def test_a_network_without_convolutions_is_refused() -> None:

@@ -40,7 +40,7 @@ def test_plan_shows_range_and_layers_and_writes_the_plan(command: Command, tmp_p
     path = tmp_path / "plan.json"
     code, out, err = command(f"plan {DIGITS} --target 33% --model.widths [8,16] --out {path}")
     assert (code, err) == (0, "")
-    assert "reachable with dynet: " in out and "blocks.1.conv2" in out and "width kept: output of the network" in out
+    assert "reachable with auto: " in out and "blocks.1.conv2" in out and "width kept: output of the network" in out
     assert dyncompress.Plan.load(path).ratio == pytest.approx(0.33, rel=0.01)
 
 
@@ -104,7 +104,7 @@ def test_methods_lists_every_method_with_paper_and_options(command: Command) -> 
         (f"run {DIGITS} --tarjet 33%", "unknown key 'tarjet'; did you mean 'target'? - allowed: model, data, target"),
         (f"run {DIGITS} --data.root /x", "data: digits.DigitsData has no argument 'root'"),
         (f"run {DIGITS} --target 0%", "target '0%' must be positive"),
-        (f"run {DIGITS} --target 1%", "can't be reached with method 'dynet'"),
+        (f"run {DIGITS} --target 1%", "can't be reached with method 'auto'"),
         (f"run {DIGITS} --method odd", "no method 'odd'; known: auto, c2sp, "),
         (f"plan {DIGITS} --ignore [nothing]", "ignore 'nothing' matches no layer"),
         (f"plan {DIGITS} --baseline.checkpoint lost.pt", "lost.pt"),

@@ -244,7 +244,7 @@ def test_same_seed_and_batches_same_student() -> None:
 def test_copies_hold_no_discarded_filters() -> None:
     """Around the static kernel, atoms of "copies" are noise of a fifth of its rms; discarded filters are elsewhere."""
     net, x = networks.make(networks.Residual)
-    plan = make_plan(net, x, "50%", options={"placement": "all"})
+    plan = make_plan(net, x, "50%", "dynet", options={"placement": "all"})
     banks = {b: convert(net, plan, warm_start=WarmStart(bank=b)).blocks[1].conv2.bank for b in ("filters", "copies")}
     static = narrowed(net, plan).blocks[1].conv2.weight.unsqueeze(1)
     away = {b: ((bank[:, 1:] - static).square().mean() / static.square().mean()).sqrt() for b, bank in banks.items()}

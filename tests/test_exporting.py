@@ -20,7 +20,7 @@ from tests.newer import compiles, writes_onnx
 @pytest.fixture
 def student():
     net, x = networks.make(networks.ZeroPad)
-    student = convert(net, make_plan(net, x, "50%"))
+    student = convert(net, make_plan(net, x, "50%", "dynet"))
     with torch.no_grad():
         for name, p in student.named_parameters():
             if "router" in name:

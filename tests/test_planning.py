@@ -16,6 +16,7 @@ from dyncompress.importance import best
 from dyncompress.latency import Latency, measure_latency
 from dyncompress.latencytable import Device, LatencyTable, Timed
 from dyncompress.layers import DyNet
+from dyncompress.layers.method import DEFAULT
 from dyncompress.plan import Plan
 from dyncompress.planning import Problem, make_plan, reachable
 from dyncompress.ranking import rank
@@ -176,7 +177,7 @@ def test_several_limits_hold_and_the_one_that_binds_is_landed_on(target, binds, 
 
 
 def test_parameters_may_grow_within_a_limit():
-    free, bound = (make_plan(Plain(), X, target) for target in ("75%", "75%, 150% params"))
+    free, bound = (make_plan(Plain(), X, target, "dynet") for target in ("75%", "75%, 150% params"))
     assert free.params_ratio > 1.6 and bound.params_ratio <= 1.5
     assert 0.99 <= max(bound.ratio / 0.75, bound.params_ratio / 1.5) <= 1
 
@@ -213,7 +214,7 @@ def test_a_target_is_never_exceeded_not_even_at_the_end_of_the_range():
 
 
 def test_layers_that_keep_their_width_become_dynamic():
-    plan = make_plan(Plain(), X, "70%", floors={"2": 1.0})
+    plan = make_plan(Plain(), X, "70%", "dynet", floors={"2": 1.0})
     row = next(r for r in plan.layers if r.name == "2")
     assert (row.out_before, row.out_after, row.method) == (128, 128, "dynet")
     assert 0.693 <= plan.ratio <= 0.7
@@ -221,7 +222,7 @@ def test_layers_that_keep_their_width_become_dynamic():
 
 @pytest.mark.parametrize("pattern", ["4", nn.Conv2d])
 def test_layers_that_are_to_stay_static_are_narrowed(pattern):
-    plan = make_plan(Plain(), X, "40%", static=(pattern,))
+    plan = make_plan(Plain(), X, "40%", "dynet", static=(pattern,))
     row = next(r for r in plan.layers if r.name == "4")
     assert row.method == "static" and row.out_after < row.out_before and "asked by" in row.reason
     assert 0.396 <= plan.ratio <= 0.4
@@ -247,18 +248,18 @@ class Rigid(nn.Module):
 
 def test_a_network_that_can_not_be_narrowed_can_still_be_dynamic():
     net = Rigid()
-    reach = reachable(net, X)
+    reach = reachable(net, X, "dynet")
     # two convolutions of 256 positions; the second assembles 4 kernels, its router reads 16 channels
     assert reach.original == 256 * (3 * 16 * 9 + 16 * 16 * 9)
     assert reach.lowest == reach.highest == reach.original + 4 * 16 * 16 * 9 + 16 * 16 * 4
     for target in (reach.highest, "2M"):
-        plan = make_plan(net, X, target)
+        plan = make_plan(net, X, target, "dynet")
         assert [c.method.name for c in plan.choices] == ["static", "dynet"] and plan.macs_after == reach.highest
         student = convert(net, plan)
         assert torch.allclose(student(X), net(X), atol=1e-4)
     for target in ("100%", "50%", reach.highest - 1):
         with pytest.raises(BudgetError, match=r"\(101.5% to 101.5% of 700k\); no width can change; ask for 710656"):
-            make_plan(net, X, target)
+            make_plan(net, X, target, "dynet")
     assert make_plan(net, X, "100%", "static").ratio == 1
 
 
@@ -290,14 +291,21 @@ def test_importance_decides_how_many_with_the_allocation_of_that_name():
 
 def test_static_plans_have_no_dynamic_layer_and_the_stem_stays_static():
     assert {c.method.name for c in make_plan(Plain(), X, "50%", "static").choices} == {"static"}
-    choices = make_plan(Plain(), X, "50%").choices
+    choices = make_plan(Plain(), X, "50%", "dynet").choices
     assert [c.method.name for c in choices] == ["static", "dynet", "dynet"]
     assert "reads the input" in choices[0].reason
 
 
+def test_by_default_every_layer_has_the_method_that_is_worth_most_there():
+    plan = make_plan(Plain(), X, "50%")
+    assert plan == make_plan(Plain(), X, "50%", "auto") and plan.method == DEFAULT == "auto"
+    assert [c.method.name for c in plan.choices] == ["static", "odconv", "odconv"]
+    assert str(reachable(Plain(), X)) == str(reachable(Plain(), X, "auto"))
+
+
 def test_layers_of_a_residual_block_share_a_router_and_others_have_their_own():
     net, x = networks.make(networks.Residual)
-    shares = {c.name: c.share for c in make_plan(net, x, "50%").choices}
+    shares = {c.name: c.share for c in make_plan(net, x, "50%", "dynet").choices}
     assert shares["blocks.1.conv1"] == shares["blocks.1.conv2"] == "blocks.1"
     assert shares["blocks.1.down.0"] == ""  # static
     alone = make_plan(net, x, "50%", DyNet(router="layer")).choices
@@ -330,7 +338,9 @@ def test_nothing_is_touched():
     ("arguments", "error", "said"),
     [
         ({"target": "50%", "method": "dynett"}, UnknownMethodError, "did you mean 'dynet'"),
-        ({"target": "50%", "options": {"gg": 2}}, DynCompressError, "no option 'gg'"),
+        ({"target": "50%", "method": "dynet", "options": {"gg": 2}}, DynCompressError, "no option 'gg'"),
+        ({"target": "50%", "options": {"rate": 0}}, DynCompressError, "rate 0 is no positive number"),
+        ({"target": "50%", "options": [2]}, DynCompressError, "no mapping of names"),
         ({"target": "50%", "method": DyNet(), "options": {"g": 2}}, PlanError, "give its name instead"),
         ({"target": "50%", "allocation": "random"}, PlanError, "choose one of uniform, importance, sensitivity"),
         ({"target": "50%", "importance": "random"}, PlanError, "choose one of magnitude, bn, taylor"),

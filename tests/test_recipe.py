@@ -47,7 +47,7 @@ def test_what_the_file_leaves_out_has_a_default(written: Any) -> None:
 def test_any_value_can_be_changed_on_the_command_line(written: Any) -> None:
     text = MINIMAL + "distill: {alpha: 0.5, temperature: 2.0}\nname: theirs\ntrainer: {precision: bf16-true}\n"
     words = "--target 1.2G --epochs=3 --seeds [7] --distill.alpha 0.25 --data.root X --model.init_args.lr 0.1"
-    words += " --trainer.limit_train_batches 2 --baseline.checkpoint w.pt --options.g 6 --wandb null"
+    words += " --trainer.limit_train_batches 2 --baseline.checkpoint w.pt --method dynet --options.g 6 --wandb null"
     recipe = read_recipe([written(text), *words.split()])
     assert recipe.target == "1.2G" and recipe.epochs == 3 and recipe.seeds == (7,) and recipe.name == "theirs"
     assert recipe.distill == DistillConfig(alpha=0.25, temperature=2.0)
@@ -138,7 +138,7 @@ def test_missing_file_and_missing_word() -> None:
         (["--batches", "0"], RecipeError, "batches is 0 - a number from 1"),
         (["--target", "a third"], BudgetError, "'a third' is unreadable"),
         (["--method", "dynot"], UnknownMethodError, "no method 'dynot'.*did you mean 'dynet'"),
-        (["--options.kernels", "4"], DynCompressError, "'dynet' has no option 'kernels'"),
+        (["--options.kernels", "4"], DynCompressError, "default, 'auto', has no option 'kernels'.*such as method="),
     ],
 )
 def test_target_and_method_are_checked_before_anything_is_built(

@@ -137,7 +137,7 @@ def test_cells_that_layers_share_are_not_moved_by_one_of_them() -> None:
 def test_every_layer_is_at_most_as_far_away_as_it_starts() -> None:
     net, x = networks.make(Net)
     batches = images()
-    plan = resolve(net, make_plan(net, x, "70%", options=ALL))
+    plan = resolve(net, make_plan(net, x, "70%", "dynet", options=ALL))
     student = convert(net, plan)
     found = reconstruct(student, net, plan, batches)
     dynamic = {name for name, m in student.named_modules() if isinstance(m, DynamicConv)}
@@ -155,7 +155,7 @@ def test_a_static_student_is_what_it_was() -> None:
 def test_same_seed_same_student_and_the_network_is_left_alone() -> None:
     net, x = networks.make(Net)
     before = copy.deepcopy(net.state_dict())
-    plan, batches = make_plan(net, x, "70%", options=ALL), images()
+    plan, batches = make_plan(net, x, "70%", "dynet", options=ALL), images()
     torch.manual_seed(1)
     a = convert(net, plan, seed=3, calibrate=batches, warm_start=FITTED)
     torch.manual_seed(2)
@@ -167,7 +167,7 @@ def test_same_seed_same_student_and_the_network_is_left_alone() -> None:
 def test_in_training_mode_it_starts_from_what_it_computes() -> None:
     net, x = networks.make(Net)
     batches = [torch.cat(images(32))]
-    student = convert(net, make_plan(net, x, "70%", options=ALL), calibrate=batches, warm_start=FITTED)
+    student = convert(net, make_plan(net, x, "70%", "dynet", options=ALL), calibrate=batches, warm_start=FITTED)
     with torch.no_grad():
         wanted = student.eval()(batches[0])
         assert (student.train()(batches[0]) - wanted).abs().max() < 0.05 * wanted.abs().max()
@@ -205,7 +205,8 @@ class Start(DynCompress):
 
 
 def test_the_callback_starts_as_convert_does() -> None:
-    module, callback = classifier()(), Start("70%", options=ALL, recalibrate=4, seed=5, warm_start=FITTED)
+    module = classifier()()
+    callback = Start("70%", method="dynet", options=ALL, recalibrate=4, seed=5, warm_start=FITTED)
     original = copy.deepcopy(module.net)
     fit(module, callback, limit_train_batches=1)
     plan = plan_of(module.net)
@@ -238,7 +239,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(DynCompressError, match="choose warmup 0"):
         DynCompress("50%", warm_start=FITTED, warmup=0.2)
     net, x = networks.make(Net)
-    plan = make_plan(net, x, "70%", options=ALL)
+    plan = make_plan(net, x, "70%", "dynet", options=ALL)
     with pytest.raises(DynCompressError, match="as calibrate"):
         convert(net, plan, warm_start=FITTED)
     with pytest.raises(DynCompressError, match="is not finite"):

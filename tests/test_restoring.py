@@ -82,7 +82,7 @@ def test_when_it_is_too_late_the_reason_is_told(late: bool, keeps_copy: bool, tr
     if keeps_copy:
         trainer.callbacks = [SimpleNamespace(copy=Holder())]
     before = weights(module)
-    with pytest.raises(CheckpointError, match=rf"\(35%, dynet\) differs .* {reason}, .* pass plan="):
+    with pytest.raises(CheckpointError, match=rf"\(35%, auto\) differs .* {reason}, .* pass plan="):
         follow({"net.": other}, trainer, module, student, None, 0)
     assert equal(module, before)
 

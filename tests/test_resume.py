@@ -195,7 +195,7 @@ def test_the_checkpoints_plan_wins_over_the_target(saved: Path, capsys: pytest.C
     module = fresh()
     host = fit(module, DynCompress("25%", method="static"), max_epochs=2, ckpt_path=saved / "full.ckpt")
     assert plan_of(module) == read_plan(saved / "full.ckpt")
-    assert "asked 25% (a checkpoint's plan for 50% decides), reached 49.21%" in capsys.readouterr().out
+    assert "asked 25% (a checkpoint's plan for 50% decides), reached 49.71%" in capsys.readouterr().out
     assert host.global_step == 8
     trained = {id(p) for group in host.optimizers[0].param_groups for p in group["params"]}
     assert trained == {id(p) for p in module.parameters()}

@@ -82,7 +82,7 @@ def test_the_bundle_is_the_first_seeds_student(run: Callable[..., tuple[Report, 
     report, _ = run()
     student = dyncompress.load(tmp_path / "out/student.safetensors", DigitsNet([8, 16]))
     plan = plan_of(student)
-    assert plan is not None and plan.target == "50%" and plan.method == "dynet"
+    assert plan is not None and plan.target == "50%" and plan.method == "auto"
     module = Digits([8, 16])
     module.net = student
     from digits import DigitsData

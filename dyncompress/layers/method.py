@@ -18,7 +18,11 @@ from dyncompress.errors import DynCompressError, UnknownMethodError, shown
 from dyncompress.layers.channels import scaled
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 
-__all__ = ["DynamicConv", "Method", "PerLayer", "configured", "get_method", "list_methods", "register_method"]
+__all__ = [
+    "DEFAULT", "DynamicConv", "Method", "PerLayer", "configured", "get_method", "list_methods", "register_method"
+]  # fmt: skip
+
+DEFAULT = "auto"  # the method where none is named; why: docs/decisions/0009-auto-is-the-default.md
 
 
 @runtime_checkable
@@ -262,7 +266,7 @@ def get_method(name: str, /, **options: Any) -> Method:
             " another package is known once the module that registers it is imported"
         )
     method: Any = _METHODS[name]
-    allowed = [field.name for field in dataclasses.fields(method)]
+    allowed = _options(method)
     for option in options:
         if option not in allowed:
             raise DynCompressError(
@@ -273,8 +277,8 @@ def get_method(name: str, /, **options: Any) -> Method:
     return made
 
 
-def configured(name: str, options: Mapping[str, Any] | None) -> Method:
-    """A method by its name and a mapping of its options; see `get_method`.
+def configured(name: str | None, options: Mapping[str, Any] | None) -> Method:
+    """A method by its name and a mapping of its options; see `get_method`. None is `DEFAULT`.
 
     Raises:
         UnknownMethodError: If no method has that name.
@@ -283,7 +287,28 @@ def configured(name: str, options: Mapping[str, Any] | None) -> Method:
     options = {} if options is None else options
     if not isinstance(options, Mapping) or not all(isinstance(option, str) for option in options):
         raise DynCompressError(f"options {shown(options)} are no mapping of names to values: give a dict, {{'g': 4}}")
-    return get_method(name, **options)
+    if name is None:
+        _check_default(options)
+    return get_method(DEFAULT if name is None else name, **options)
+
+
+def _check_default(options: Mapping[str, Any]) -> None:
+    """Raise where options without a method are not the default's: then another method was meant."""
+    known = _options(_METHODS[DEFAULT])
+    unknown = [option for option in options if option not in known]
+    if not unknown:
+        return
+    able = [name for name in list_methods() if set(options) <= set(_options(_METHODS[name]))]
+    example = "dynet" if "dynet" in able or not able else able[0]
+    raise DynCompressError(
+        f"options {shown(options)} are given without a method, and the default, {DEFAULT!r}, has no option"
+        f" {shown(unknown[0])} (its options: {', '.join(known)}); name the method, such as method={example!r}"
+        + (f"; methods with such options: {', '.join(able)}" if able else "")
+    )
+
+
+def _options(method: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(method)]
 
 
 def _nearest(word: object, words: Any) -> str:

@@ -246,7 +246,7 @@ def test_recipes(times: int, tmp_path: Path, record_property: Any) -> None:
 def document() -> dict[str, Any]:
     """A valid plan's JSON."""
     torch.manual_seed(0)
-    return json.loads(make_plan(Small(), EXAMPLE, "50%", options={"placement": "all"}).to_json())  # type: ignore[no-any-return]
+    return json.loads(make_plan(Small(), EXAMPLE, "50%", "dynet", options={"placement": "all"}).to_json())  # type: ignore[no-any-return]
 
 
 def paths(data: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -357,6 +357,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], tuple[str, str, str]]] = {
     "method": (lambda: configured("dynett", {}), ("'dynett'", "known: auto, c2sp", "did you mean")),
     "method, no name": (lambda: configured(["dynet"], {}), ("['dynet']", "known: auto, c2sp", "did you mean")),  # type: ignore[arg-type]
     "option": (lambda: configured("dynet", {"G": 4}), ("'G'", "g, router, reduction, placement", "use one of those")),
+    "option, no method": (lambda: DynCompress("50%", options={"g": 6}), ("{'g': 6}", "'auto'", "method='dynet'")),
     "options": (lambda: configured("dynet", [4]), ("[4]", "mapping of names", "give a dict")),  # type: ignore[arg-type]
     "g": (lambda: configured("dynet", {"g": True}), ("True", "2 to 1024", "give")),
     "kernel": (lambda: ConvSpec(1, 1, 3), ("3", "tuple of integers", "give one per")),  # type: ignore[arg-type]

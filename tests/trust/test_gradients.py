@@ -108,7 +108,7 @@ class Recomputing(Classifier):
 @pytest.mark.parametrize(("how", "router"), [("block", "block"), ("network", "block"), ("layers", "layer")])
 def test_activation_checkpointing(how: str, router: str, record_property: Callable[..., None]) -> None:
     """Activations that are recomputed (of blocks, of the network, of single layers) give the same gradients."""
-    settings = {"recalibrate": 0, "options": {"router": router}}
+    settings = {"recalibrate": 0, "method": "dynet", "options": {"router": router}}
     plain, recomputed = (
         taught(contrasting(Recomputing, how=name), options={"limit_train_batches": 3}, ours=settings)
         for name in ("nothing", how)
@@ -126,7 +126,7 @@ def test_activation_checkpointing(how: str, router: str, record_property: Callab
 def test_checkpointed_one_by_one() -> None:
     """Layers that are recomputed one by one can't share a router: training stops and says what to do."""
     with pytest.raises(DynCompressError, match=r"convert with router='layer' where layers are .* checkpointed"):
-        taught(contrasting(Recomputing, how="layers"), ours={"recalibrate": 0})
+        taught(contrasting(Recomputing, how="layers"), ours={"recalibrate": 0, "method": "dynet"})
 
 
 # ---- other ways to optimise --------------------------------------------------------------------------------------

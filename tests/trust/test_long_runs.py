@@ -223,12 +223,15 @@ def interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+REPLACED = ("squeeze", "router", "temperature")  # parts of dynamic layers
+
+
 def shape(module: nn.Module) -> dict[str, set[str]]:
     """Names of the attributes of a module and of its parts, but for the layers that compression replaces."""
     return {
         name: set(vars(part))
         for name, part in module.named_modules()
-        if not isinstance(part, (nn.Conv2d, DynamicConv)) and not any(p in name for p in ("squeeze", "router"))
+        if not isinstance(part, (nn.Conv2d, DynamicConv)) and not any(word in name for word in REPLACED)
     }
 
 
