@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     data = DigitsData()
     images = torch.cat([x for x, _ in data.train_dataloader()])[:CALIBRATION]
     original = train(DigitsNet(options.widths), data, options.epochs, 0.1)
-    student = train(dc.convert(original, dc.make_plan(original, images[:2], "33%")), data, options.epochs, 0.05)
+    plan = dc.make_plan(original, images[:2], "33%", "dynet")
+    student = train(dc.convert(original, plan), data, options.epochs, 0.05)
     with tempfile.TemporaryDirectory() as folder:
         paths = {}
         for name, net in {"original": original, "student": student}.items():

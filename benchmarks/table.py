@@ -21,7 +21,7 @@ _SOURCES = {
 _INTRODUCTION = """\
 # Does it work on mine?
 
-`make zoo` asks {networks} networks for 50 % and for 25 % of their MACs with the default method, DyNet, and checks what
+`make zoo` asks {networks} networks for 50 % and for 25 % of their MACs with `method="dynet"`, and checks what
 comes back. A network **works** where plan and conversion go through, the student's output has the same structure and
 shapes, the backward pass reaches every parameter that it reached before, the state dict restores the student in a fresh
 network, the student starts at the narrowed network (1e-4), and, where BatchNorm is the only norm, cutting equals

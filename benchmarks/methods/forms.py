@@ -44,7 +44,7 @@ FORMS = {
         Form("c2sp g=4", "c2sp", {"g": 4}, "as above, with a bank at 4/9 of the price"),
         Form("condconv", "condconv", choose="for the smallest router"),
         Form("dyconv", "dyconv", choose="for coefficients that sum to one, learnt while a temperature falls"),
-        Form("dynet", "dynet", choose="by default: every output channel adapts on its own, without a schedule"),
+        Form("dynet", "dynet", choose="for a bank whose output channels adapt on their own, without a schedule"),
         Form("dcd", "dcd", choose="where parameters are scarce"),
         Form("odconv", "odconv", choose="where parameters are scarce"),
         Form("odconv 4x", "odconv", {"kernels": 4}, "as above with a bank: most that can adapt"),
