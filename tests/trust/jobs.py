@@ -197,10 +197,10 @@ def shard_and_save(folder: Path) -> None:
         module = built_sharded()
         host = sharded(module, DynCompress("50%"), as_folder=as_folder)
         host.save_checkpoint(folder / name)
-        bank = next(p for key, p in module.named_parameters() if key.endswith("bank"))
+        parts = [p.to_local().numel() for p in module.parameters()]
         tell(
             folder, f"{name.partition('.')[0]}.{rank()}", weights=fingerprint(whole(module)), steps=host.global_step,
-            local=list(bank.to_local().shape), shape=list(bank.shape), plan=plan_of(module).to_json(),
+            local=sum(parts), full=sum(p.numel() for p in module.parameters()), plan=plan_of(module).to_json(),
             term=host.callback_metrics["distill/loss"].item(), teacher=host.callbacks[0].state_dict()["teacher"],
         )  # fmt: skip
 

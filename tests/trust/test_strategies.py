@@ -111,8 +111,8 @@ def test_a_split_network_is_compressed_and_taught(split: tuple[Path, dict[str, A
             assert zero[fact] == one[fact], fact
         assert zero["steps"] == 2
         assert min(zero["term"], one["term"]) > 0
-        assert zero["shape"][0] == zero["local"][0] + one["local"][0] and min(zero["local"][0], one["local"][0]) > 0
-    record_property("figure", f"a bank of {zero['shape'][0]} channels, {zero['local'][0]} in each of 2 processes")
+        assert zero["full"] == zero["local"] + one["local"] and min(zero["local"], one["local"]) > 0
+    record_property("figure", f"{zero['full']} weights, {zero['local']} in one process and {one['local']} in the other")
 
 
 @pytest.mark.slow
