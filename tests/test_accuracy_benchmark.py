@@ -64,7 +64,8 @@ def test_an_arm_is_options_of_a_recipe(tmp_path: Path) -> None:
 def test_tiers_are_those_that_the_page_tells_of() -> None:
     cpu = {(c.network, c.budget, c.epochs): len(c.seeds) for c in TIERS["cpu"]}
     assert cpu["resnet20", "33%", 4] == cpu["resnet20", "25%", 4] == 3 and cpu["resnet20", "50%", 4] == 1
-    assert cpu["resnet20", "25%", 12] == 1
+    assert cpu["resnet20", "33%", 12] == cpu["resnet20", "25%", 12] == 3
+    assert cpu["camvid", "50%", 10] == cpu["camvid", "50% latency", 10] == 3
     gpu = {(c.network, c.budget) for c in TIERS["gpu"]}
     assert gpu == {(name, budget) for name in NETWORKS for budget in ("50%", "33%", "25%", SAME_TIME)}
     assert all(c.epochs >= 60 and len(c.seeds) == 3 for c in TIERS["gpu"])
@@ -137,7 +138,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def blank(page: Path) -> Path:
-    page.write_text("".join(f"<!-- {name} --><!-- /{name} -->" for name in ("verdicts", *NETWORKS)), "utf-8")
+    page.write_text("".join(f"<!-- {name} --><!-- /{name} -->" for name in ("verdicts", "dependence", *NETWORKS)), "utf-8")
     return page
 
 

@@ -4,6 +4,7 @@
     python -m benchmarks.accuracy --tier cpu --data cifar10=FOLDER --only resnet20 --weights resnet20=FILE.pt
     python -m benchmarks.accuracy --tier cpu --data ... --plan      # plans for targets in time, when all is quiet
     python -m benchmarks.accuracy --tier cpu --time                 # time all students in turns, when all is quiet
+    python -m benchmarks.accuracy --tier cpu --data ... --dependence   # what students owe to their input
     python -m benchmarks.accuracy                                   # tables and plots alone
 
 A row is kept when it is there: stop and go on as you like. An original whose weights are not given is trained first. A
@@ -22,9 +23,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy import dependence
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.jobs import Job, Workshop, estimate, jobs, missing, store
-from benchmarks.accuracy.networks import NETWORKS, TIERS
+from benchmarks.accuracy.networks import NETWORKS, TIERS, Case
 from benchmarks.accuracy.page import PAGE, RESULTS, publish
 from benchmarks.accuracy.races import race
 from benchmarks.methods import times
@@ -74,24 +76,32 @@ def main(argv: list[str] | None = None) -> int:
         known = [took for job in rest if (took := estimate(job, rows)) is not None]
         _tell(f"{len(rest)} of {len(wanted)} missing; {sum(known) / 3600:.1f} hours for {len(known)} of them")
         return 0
-    if options.data:
+    if options.data and options.dependence:
+        for row in dependence.examined(workshop, wanted):
+            dependence.store(options.results).put([row])
+    elif options.data:
         here = [job for job in rest if job.network.data in workshop.data]
         if options.plan:
             here = [job for job in here if job.case.timed and job.seed == job.case.seeds[0]]
         failed = _work(workshop, here, workshop.plan if options.plan else workshop.run, keep, options.side_by_side)
     if options.time:
-        torch.set_num_threads(1)
-        keep_freed_memory()  # as `dyncompress run` has it
-        effort = Effort(rounds=options.rounds, seconds=options.seconds)
-        for case in cases:
-            path = options.results / f"{case.network}-times.csv"
-            found = list(race(workshop, case, effort))
-            if found:
-                times.store(path).put(found)
-                times.note(path, ["python", "-m", "benchmarks.accuracy", "--tier", options.tier, "--time"], effort)
+        _time(workshop, cases, options)
     for written in publish(options.results, options.page):
         _tell(f"wrote {written}")
     return failed
+
+
+def _time(workshop: Workshop, cases: Sequence[Case], options: argparse.Namespace) -> None:
+    """Time the students of all cases that have some."""
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as `dyncompress run` has it
+    effort = Effort(rounds=options.rounds, seconds=options.seconds)
+    for case in cases:
+        path = options.results / f"{case.network}-times.csv"
+        found = list(race(workshop, case, effort))
+        if found:
+            times.store(path).put(found)
+            times.note(path, ["python", "-m", "benchmarks.accuracy", "--tier", options.tier, "--time"], effort)
 
 
 def _work(
@@ -158,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="tell what is missing and how long it takes; do nothing")
     add("--plan", action="store_true", help="only make the plans for targets in time")
     add("--time", action="store_true", help="time the students in --out")
+    add("--dependence", action="store_true", help="examine the students in --out; train nothing")
     add("--rounds", type=int, default=40, help="of a race, at most; at least 5")
     add("--seconds", type=float, default=40, help="of a race, after which no further round starts; 5 run in any case")
     add("--results", type=Path, default=RESULTS, help="folder of the CSVs")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import dependence
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.jobs import Row, store
 from benchmarks.accuracy.networks import NETWORKS
@@ -40,7 +41,12 @@ def sections(results: Path) -> dict[str, str]:
     """What stands between the markers: a section per network, and the comparisons in one table."""
     found = {name: store(results / f"{name}.csv").read() for name in NETWORKS}
     made = {name: "\n".join(_network(name, rows, results)) if rows else NONE for name, rows in found.items()}
-    return {"verdicts": "\n".join(_verdicts(found)), **made}
+    depends = dependence.store(results).read()
+    return {
+        "verdicts": "\n".join(_verdicts(found)),
+        "dependence": "\n".join(dependence.table(depends)) if depends else NONE,
+        **made,
+    }
 
 
 def comparisons(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
