@@ -118,7 +118,7 @@ def _plan(words: Sequence[str]) -> None:
         if quantity != "latency":
             reach = reachable(
                 network, subject.example, recipe.method, options=recipe.options, ignore=recipe.ignore,
-                static=recipe.static, floors=recipe.floors, quantity=quantity,
+                static=recipe.static, floors=recipe.floors, quantity=quantity, target=recipe.target,
             )  # fmt: skip
             console.print(f"reachable with {recipe.method}: {reach}", highlight=False)
     keep_freed_memory()  # a plan for a time is measured as `run` will run it: the same threads, the same allocator

@@ -251,9 +251,7 @@ def make_plan(
     tracer = Tracer(net, example, linear=getattr(method, "linear", False))
     timed = budget is not None and budget.limit("latency") is not None
     table = table_for(net, table, timed or (table is None and getattr(method, "cost", None) == "time"))
-    if isinstance(method, Auto):
-        limited = budget is not None and budget.limit("params") is not None
-        method = method.settled("time" if table is not None else "params" if limited else "macs")
+    method = _settled(method, budget, table is not None)
     scored = importance != "magnitude" or allocation == "importance"  # `convert` scores by magnitude itself
     while True:
         graph = tracer.graph
@@ -323,12 +321,14 @@ def reachable(
     floors: Floors | None = None,
     min_width: int = 8,
     quantity: str = "macs",
+    target: Target | None = None,
 ) -> Reach:
-    """The range of MACs, or of ``params``, that `make_plan` can land in, with the same arguments."""
+    """The range of MACs, or of ``params``, that `make_plan` can land in; ``target`` tells ``"auto"`` what costs are."""
     if quantity not in ("macs", "params"):
         raise PlanError(f"quantity {shown(quantity)} has no range; choose macs or params")
     _check_width(min_width)
-    method = asked_method(method, options, None)
+    budget = Budget.parse(f"100% {quantity}" if target is None else target)
+    method = _settled(asked_method(method, options, None), budget, budget.limit("latency") is not None)
     graph = Tracer(net, example, linear=getattr(method, "linear", False)).graph
     problem = Problem(net, graph, method, ignore, min_width, floors=floors, static=static)
     return problem.reach(quantity)
@@ -344,6 +344,14 @@ def asked_method(method: object, options: Mapping[str, Any] | None, paper: Prese
         raise PlanError(
             f"options {shown(options)} are given beside a configured method {method}; give its name instead"
         )
+    return method
+
+
+def _settled(method: Method, budget: Budget | None, timed: bool) -> Method:
+    """``auto`` with what it counts as costs: time, or else what the target limits."""
+    limited = budget is not None and budget.limit("params") is not None
+    if isinstance(method, Auto):
+        method = method.settled("time" if timed else "params" if limited else "macs")
     return method
 
 

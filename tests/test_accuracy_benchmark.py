@@ -138,7 +138,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def blank(page: Path) -> Path:
-    page.write_text("".join(f"<!-- {name} --><!-- /{name} -->" for name in ("verdicts", "dependence", *NETWORKS)), "utf-8")
+    page.write_text(
+        "".join(f"<!-- {name} --><!-- /{name} -->" for name in ("verdicts", "dependence", *NETWORKS)), "utf-8"
+    )
     return page
 
 

@@ -152,6 +152,17 @@ def test_the_reach_is_that_of_the_choices():
     assert str(reachable(net, X, Auto("time"))) == str(reachable(net, X, "static"))  # before it is measured
 
 
+def test_the_reach_is_that_of_the_plan_for_the_target():
+    """By parameters the narrow layers are static: fewer weights, and fewer MACs for routers."""
+    net, method = networks.Residual(), "auto"
+    by_params = reachable(net, X, method, target="60% params")
+    assert by_params.lowest < reachable(net, X, method).lowest
+    for target, quantity in (("60% params", "params"), ("45%, 60% params", "macs")):
+        cost = reachable(net, X, method, options={"cost": "params"}, quantity=quantity)
+        assert str(reachable(net, X, method, quantity=quantity, target=target)) == str(cost)
+    assert str(reachable(net, X, method, target="60% latency")) == str(reachable(net, X, "static"))
+
+
 @pytest.fixture
 def student():
     net, x = networks.make(networks.Residual)
