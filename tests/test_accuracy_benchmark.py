@@ -21,7 +21,7 @@ from benchmarks.accuracy.jobs import Job, Row, Workshop, estimate, jobs, missing
 from benchmarks.accuracy.networks import NETWORKS, SAME_TIME, TIERS, Case
 from benchmarks.accuracy.page import NONE, PAGE, RESULTS, publish, sections, subject
 from benchmarks.accuracy.plots import draw, points
-from benchmarks.accuracy.verdicts import Verdict, hardest
+from benchmarks.accuracy.verdicts import Verdict, complete, hardest
 from benchmarks.methods import times
 from benchmarks.methods.page import filled
 from benchmarks.methods.times import Time
@@ -188,13 +188,29 @@ def test_teachers_remember_only_where_answers_are_small(tmp_path: Path, monkeypa
         ((0.84, 0.85, 0.86), (0.80, 0.82, 0.84), "+3.00 ± 2.58", "ahead"),
         ((0.83, 0.84, 0.85), (0.80, 0.82, 0.84), "+2.00 ± 2.58", "no difference"),
         ((0.78, 0.79, 0.80), (0.80, 0.82, 0.84), "-3.00 ± 2.58", "behind"),
-        ((0.84,), (0.80, 0.82, 0.84), "+2.00", "one seed"),
+        ((0.84,), (0.80, 0.82, 0.84), "+4.00", "one seed"),  # of seed 0, which both have
+        ((0.82, 0.81996), (0.82, 0.82), "+0.00 ± 0.00", "no difference"),
         ((0.82, 0.82), (0.82, 0.82), "+0.00 ± 0.00", "no difference"),
     ],
 )
 def test_verdicts_by_hand(one: Sequence[float], other: Sequence[float], text: str, word: str) -> None:
     found = Verdict.of(*(Score.of(dict(enumerate(values))) for values in (one, other)))
     assert (str(found), found.word) == (text, word)
+
+
+def test_arms_are_compared_on_the_seeds_that_both_have() -> None:
+    """Seed 0 is a good one, for all: 42.5 against a mean of 42.1 looks ahead, and is behind 42.8."""
+    three = Score.of({0: 0.428, 1: 0.420, 2: 0.415})
+    assert str(Verdict.of(Score.of({0: 0.425}), three)) == "-0.30"
+    assert Verdict.of(Score.of({0: 0.425}), three).word == "one seed"
+    assert str(Verdict.of(Score.of({1: 0.43, 2: 0.43, 3: 0.1}), three)) == "+1.25 ± 0.50"  # 0.430 - 0.4175
+    assert str(Verdict.of(Score.of({7: 0.43}), Score.of({0: 0.42}))) == "+1.00"
+
+
+def test_the_best_arm_is_one_of_those_with_most_seeds() -> None:
+    reached = {"static": Score.of({0: 0.8, 1: 0.7}), PRUNED.title: Score.of(0.81)}
+    assert list(complete(reached)) == ["static"] and complete({}) == {}
+    assert hardest(reached, tuple(ARMS.values())) == "static"
 
 
 def test_the_hardest_control_may_be_the_peers() -> None:
@@ -225,7 +241,7 @@ def test_the_page_tells_who_is_ahead(tmp_path: Path) -> None:
     times.note(tmp_path / "resnet20-times.csv", ["python"], Effort(5, 1.0))
     made = sections(tmp_path)
     title = "CIFAR-10 ResNet-20"
-    assert f"| {title} | 33% | 4 | dynet | static | +3.00 ± 2.58 | ahead | +6.00 | -5.00 |" in made["verdicts"]
+    assert f"| {title} | 33% | 4 | dynet | static | +3.00 ± 2.58 | ahead | +5.00 | -5.00 |" in made["verdicts"]
     assert f"| {title} | 25% | 4 | dynet | static | +2.00 | one seed |  | -18.00 |" in made["verdicts"]
     text = made["resnet20"]
     assert text.index("**33% of the MACs, 4 epochs**") < text.index("**25% of the MACs, 4 epochs**")

@@ -12,7 +12,7 @@ from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.jobs import Row, store
 from benchmarks.accuracy.networks import NETWORKS
 from benchmarks.accuracy.plots import draw
-from benchmarks.accuracy.verdicts import Verdict, hardest, scores
+from benchmarks.accuracy.verdicts import Verdict, complete, hardest, scores
 from benchmarks.methods import times
 from benchmarks.methods.page import filled
 from benchmarks.methods.times import Time
@@ -71,6 +71,7 @@ def _verdicts(found: Mapping[str, Sequence[Row]]) -> Iterator[str]:
             others = {a: s for a, s in reached.items() if a in ARMS and not ARMS[a].control}
             if control is None or not others:
                 continue
+            others = complete(others)
             best = max(others, key=lambda arm: others[arm].mean or 0.0)
             verdict = Verdict.of(others[best], reached[control])
             lost = 100 * ((others[best].mean or 0.0) - own[0].original_accuracy)

@@ -30,7 +30,10 @@ class Verdict:
 
     @classmethod
     def of(cls, one: Score, other: Score) -> Verdict:
-        """From the scores by seed."""
+        """From the scores by seed; of the seeds that both have, where they share some: they are good or bad for all."""
+        shared = dict(one.seeds).keys() & dict(other.seeds).keys()
+        if shared:
+            one, other = (Score.of({k: v for k, v in each.seeds if k in shared}) for each in (one, other))
         assert one.mean is not None and other.mean is not None
         gain = 100 * round(one.mean - other.mean, 9)  # equal means may differ in their last bits
         if one.std is None or other.std is None:
@@ -46,7 +49,7 @@ class Verdict:
 
     def __str__(self) -> str:
         spread = "" if self.spread is None else f" ± {self.spread:.2f}"
-        return f"{self.gain:+.2f}{spread}"
+        return f"{round(self.gain, 2) + 0.0:+.2f}{spread}"  # no -0.00
 
 
 def scores(rows: Iterable[Row]) -> dict[str, Score]:
@@ -57,7 +60,16 @@ def scores(rows: Iterable[Row]) -> dict[str, Score]:
     return {arm: Score.of(each) for arm, each in found.items()}
 
 
+def complete(found: Mapping[str, Score]) -> dict[str, Score]:
+    """Those with as many seeds as any: one good seed is no match for a mean of three."""
+    most = max((score.n for score in found.values()), default=0)
+    return {arm: score for arm, score in found.items() if score.n == most}
+
+
 def hardest(found: Mapping[str, Score], arms: Sequence[Arm]) -> str | None:
-    """The control with the best mean: chosen after the fact, which helps it against the others."""
+    """The control with the best mean of those with most seeds: chosen after the fact, which helps it."""
+    found = complete(
+        {title: score for title, score in found.items() if any(a.title == title and a.control for a in arms)}
+    )
     there = {arm.title: found[arm.title].mean or 0.0 for arm in arms if arm.control and arm.title in found}
     return max(there, key=lambda title: there[title]) if there else None
