@@ -97,12 +97,12 @@ def examine(job: Job, student: nn.Module, train: Sequence[Batch], test: Sequence
     routers = [name for name, module in student.named_modules() if isinstance(module, RouterLinear)]
     # Of a router with a hidden layer only the last one gives coefficients.
     routers = [name for name in routers if not name.endswith("squeeze.reduce")]
-    found: dict[str, float | None] = {"swapped": None, "mean": None}
+    swapped = mean = None
     if routers:
-        mean = means(student, routers, [images for images, _ in train])
-        found["swapped"] = accuracy(student, test, routers, lambda name, logits: logits.roll(1, 0))
-        found["mean"] = accuracy(student, test, routers, lambda name, logits: mean[name].expand_as(logits))
-    return Row(*job.key, train=accuracy(student, train), test=accuracy(student, test), **found)  # type: ignore[arg-type]
+        constant = means(student, routers, [images for images, _ in train])
+        swapped = accuracy(student, test, routers, lambda name, logits: logits.roll(1, 0))
+        mean = accuracy(student, test, routers, lambda name, logits: constant[name].expand_as(logits))
+    return Row(*job.key, accuracy(student, train), accuracy(student, test), swapped, mean)
 
 
 def means(net: nn.Module, routers: Iterable[str], batches: Sequence[Tensor]) -> Mapping[str, Tensor]:

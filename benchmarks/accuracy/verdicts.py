@@ -68,8 +68,5 @@ def complete(found: Mapping[str, Score]) -> dict[str, Score]:
 
 def hardest(found: Mapping[str, Score], arms: Sequence[Arm]) -> str | None:
     """The control with the best mean of those with most seeds: chosen after the fact, which helps it."""
-    found = complete(
-        {title: score for title, score in found.items() if any(a.title == title and a.control for a in arms)}
-    )
-    there = {arm.title: found[arm.title].mean or 0.0 for arm in arms if arm.control and arm.title in found}
-    return max(there, key=lambda title: there[title]) if there else None
+    there = complete({arm.title: found[arm.title] for arm in arms if arm.control and arm.title in found})
+    return max(there, key=lambda title: there[title].mean or 0.0) if there else None
