@@ -75,7 +75,7 @@ class Arm:
 _ALL = (
     Arm("static"),
     Arm("static, by importance", allocation="importance"),
-    Arm("static, by taylor", allocation="importance", importance="taylor"),
+    Arm("static, ranked by taylor", importance="taylor"),
     Arm("static, by sensitivity", allocation="sensitivity"),
     Arm("torch-pruning, magnitude", pruner="magnitude"),
     Arm("torch-pruning, taylor", pruner="taylor"),
@@ -83,7 +83,7 @@ _ALL = (
     Arm("dynet, by importance", "dynet", allocation="importance"),
     Arm("odconv, no taps", "odconv", {"spatial": False}),
     Arm("odconv, no taps, by importance", "odconv", {"spatial": False}, "importance"),
-    Arm("odconv, no taps, by taylor", "odconv", {"spatial": False}, "importance", "taylor"),
+    Arm("odconv, no taps, ranked by taylor", "odconv", {"spatial": False}, importance="taylor"),
     Arm("odconv, no taps, by sensitivity", "odconv", {"spatial": False}, "sensitivity"),
     Arm("odconv 4x", "odconv", {"kernels": 4}),
     Arm("auto", "auto"),
