@@ -34,7 +34,8 @@ def taylor(net: nn.Module, graph: ConvGraph, batches: Iterable[Any], loss: Loss 
         score[c] = |sum over the weights w that read c of w * dL/dw| = |sum over positions of a[c] * dL/da[c]|
 
     where ``a[c]`` is the channel's activation. The network is in eval mode: the student's BatchNorms start from the
-    same statistics. All scores are in units of the loss; they are divided by their mean over the whole network.
+    same statistics. A group's scores are divided by their mean. Their sum over a group is what the loss loses, to first
+    order, with the whole group gone, and says little of how many of its channels can go.
 
     Args:
         net: The network that the graph was traced from; left as it was.
@@ -43,7 +44,7 @@ def taylor(net: nn.Module, graph: ConvGraph, batches: Iterable[Any], loss: Loss 
         loss: Of the network on a batch; cross-entropy of logits and labels by default.
 
     Returns:
-        One array per group.
+        One array per group, mean 1 (0 where the loss does not see the group).
 
     Raises:
         PlanError: If there is no batch, or the loss has no gradient or isn't finite.
@@ -79,5 +80,4 @@ def taylor(net: nn.Module, graph: ConvGraph, batches: Iterable[Any], loss: Loss 
                 total += np.abs(change)
     if not count:
         raise PlanError("importance 'taylor' needs batches, and got none; give a loader, or a list of a few batches")
-    mean = np.concatenate(totals).mean() if totals else 0.0
-    return [total / max(mean, np.finfo(float).tiny) for total in totals]
+    return [total / max(total.mean(), np.finfo(float).tiny) for total in totals]
