@@ -115,6 +115,7 @@ TIERS = {
         *_cases("resnet20", ("50%",), (0,), 4),
         *_cases("resnet20", ("33%", "25%"), _THREE, 12),  # whether what dynamics gain grows with training
         *_cases("resnet20", ("50%",), (0,), 12),
+        *_cases("resnet20", ("25%",), (0,), 30),  # ... and goes on growing
         *_cases("resnet20", (SAME_TIME,), _THREE, 4),
         *_cases("camvid", ("50%", "50% latency"), _THREE, 10),
     ),
