@@ -35,6 +35,7 @@ SCHEMA = 2
 SECONDS = 1.5
 """Time that one measurement takes, where its least number of rounds doesn't take longer."""
 _LEAST, _MOST = 25, 200  # rounds
+_QUIET, _TRIES = 0.9, 3  # a process that has its cores to itself runs all the time; bursts of other work end
 _REFERENCE = (ConvSpec(64, 64, (3, 3), padding=(1, 1)), (28, 28))  # a third of a millisecond on one core
 
 
@@ -161,12 +162,14 @@ class Timed:
         rounds: Ratios to the reference of the same round, one list per round.
         stretch: Time of a round over the sum of the callables' times. The first quartile of a sum is more than the sum
             of first quartiles: short passes have luckier rounds than long ones.
+        running: Part of the time in which this thread ran, where times could tell of anything else; 1 elsewhere.
     """
 
     ratios: list[float]
     reference: float
     stretch: float = 1.0
     rounds: Sequence[Sequence[float]] = ()
+    running: float = 1.0
 
 
 def against_reference(runs: Sequence[Callable[[], object]], device: Device, seconds: float = SECONDS) -> Timed:
@@ -209,14 +212,17 @@ def against_reference(runs: Sequence[Callable[[], object]], device: Device, seco
     rows: list[tuple[list[float], float]] = []  # seconds of every callable, and of the reference
     with torch.inference_mode():
         one_round()
-        end = time.perf_counter() + seconds
-        while len(rows) < _LEAST or (len(rows) < _MOST and time.perf_counter() < end):
+        began, ran = time.perf_counter(), time.thread_time()
+        while len(rows) < _LEAST or (len(rows) < _MOST and time.perf_counter() < began + seconds):
             rows.append(one_round())
+        running = (time.thread_time() - ran) / (time.perf_counter() - began)
     relative = [[seconds / unit for seconds in row] for row, unit in rows]
     unit = _fast([unit for _, unit in rows])
     found = [_fast(column) for column in zip(*(row for row, _ in rows), strict=True)]
     stretch = _fast([sum(row) for row, _ in rows]) / sum(found)
-    return Timed([seconds / unit for seconds in found], unit, stretch, relative)
+    # One thread's clock doesn't see other work, and a thread that waits for a GPU needn't run.
+    waits = alone or device.device != "cpu"
+    return Timed([seconds / unit for seconds in found], unit, stretch, relative, 1.0 if waits else running)
 
 
 def _fast(seconds: Sequence[float]) -> float:
@@ -279,7 +285,7 @@ class LatencyTable:
                 while the new ones are measured.
 
         Raises:
-            PlanError: If some are missing, and the table is of another device than this.
+            PlanError: If some are missing, and the table is of another device than this, or the machine is busy.
         """
         missing = {str(each) for each in layers} - self.ratios.keys()
         if missing:
@@ -289,7 +295,7 @@ class LatencyTable:
                     f"the latency table is of {self.device}, and lacks {len(missing)} layers, {shown(min(missing))}"
                     f" among them; this is {here}: measure them there, or use a table of this device"
                 )
-            timed = self.timed(callables(layers, self.device), self.device)
+            timed = self.measure(callables(layers, self.device))
             found: dict[str, list[float]] = {}
             for each, ratio in zip(layers, timed.ratios, strict=True):
                 found.setdefault(str(each), []).append(ratio * timed.stretch)  # so that they add up to a network
@@ -297,6 +303,26 @@ class LatencyTable:
             self.ratios |= {key: statistics.fmean(found[key]) for key in sorted(missing)}
             self._write()
         return [self.ratios[str(each)] for each in layers]
+
+    def measure(self, runs: Sequence[Callable[[], object]]) -> Timed:
+        """Time callables on this device, up to three times while other work keeps a core from this process.
+
+        Where several threads wait for one that has no core, each layer takes what the scheduler's time slice is: times
+        differed by a factor of 20 so.
+
+        Raises:
+            PlanError: If the machine is busy each time.
+        """
+        for _ in range(_TRIES):
+            timed = self.timed(runs, self.device)
+            if timed.running >= _QUIET:
+                return timed
+        raise PlanError(
+            f"the machine is busy: with {self.device.threads} threads this process ran {timed.running:.0%} of the time"
+            " in which layers were measured, and such times say nothing; what was measured before is kept: wait until"
+            " other work is done, or plan for one thread (torch.set_num_threads(1); --threads 1), whose times other"
+            " work changes little"
+        )
 
     # ---- the file ------------------------------------------------------------------------------------------------
 

@@ -114,9 +114,8 @@ class Prediction:
     def _measured(self) -> tuple[float, float]:
         """Times of the original and of the half, which take turns: what slows the machine meanwhile slows both."""
         nets = [shipped(self.net, plan) for plan in (unchanged(self.graph), self.half)]
-        wide, narrow = self.table.timed(
-            [lambda whole=each: run(whole, self._inputs) for each in nets],  # type: ignore[misc]
-            self.table.device,
+        wide, narrow = self.table.measure(
+            [lambda whole=each: run(whole, self._inputs) for each in nets]  # type: ignore[misc]
         ).ratios
         return wide, narrow
 

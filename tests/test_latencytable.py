@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,30 @@ def test_what_is_missing_is_measured_once_with_all_that_run_beside_it(tmp_path):
     assert table.times([WIDE, WIDE, NARROW]) == [2.0, 2.0, 1.0] and timed.calls == [2]
     # the new one runs in its place; those that are known run too, and keep their times; its two runs have one entry
     assert table.times([BLOCK, NARROW, BLOCK]) == [2.0, 1.0, 2.0] and timed.calls == [2, 3]
+
+
+def test_a_busy_machine_is_measured_again_and_then_refused(tmp_path):
+    shares = iter([0.5, 0.95, 0.4, 0.6, 0.89])
+
+    def timed(runs, device):
+        return Timed([1.0] * len(runs), 1e-4, running=next(shares))
+
+    table = LatencyTable(folder=tmp_path, timed=timed)
+    assert table.times([NARROW]) == [1.0]  # the second time it was quiet
+    with pytest.raises(PlanError, match=r"busy: .* ran 89% of the time .* wait until .* --threads 1"):
+        table.times([NARROW, WIDE])
+    assert list(LatencyTable(folder=tmp_path).ratios) == [str(NARROW)]
+
+
+@pytest.mark.parametrize(("threads", "told"), [(2, True), (1, False)])
+def test_a_thread_that_does_not_run_all_the_time_shows_where_other_work_changes_its_times(threads, told):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        running = against_reference([lambda: time.sleep(0.02)], Device.here(), seconds=0.1).running
+    finally:
+        torch.set_num_threads(before)
+    assert running < 0.9 if told else running == 1.0
 
 
 def test_the_file_is_read_by_the_next_table_of_this_device_and_by_no_other(tmp_path):
