@@ -34,7 +34,13 @@ from dyncompress.recipe import importable
 
 RESULTS = ROOT / "benchmarks/results/screening.csv"
 BATCH, BATCHES, HIDDEN, TEMPERATURE, DECAY = 128, 8, 16, 4.0, 5e-4
-KINDS = {"static": "", "in, out": "io", "in, out, shift": "ios", "in, out; 4x4 pooled": "io4"}
+KINDS = {
+    "static": "",
+    "in, out": "io",
+    "in, out, shift": "ios",
+    "in, out; 4x4 pooled": "io4",
+    "in, out; normalised": "ion",
+}
 KEY = ("kind", "target", "epochs", "lr", "router_lr", "seed")
 
 
@@ -70,21 +76,24 @@ class Attention(nn.Module):
 
     Args:
         conv: What is wrapped.
-        parts: Which of c (``"i"``), f (``"o"``), s (``"s"``) there are; ``"4"`` pools to 4x4 instead of 1x1.
+        parts: Which of c (``"i"``), f (``"o"``), s (``"s"``) there are; ``"4"`` pools to 4x4 instead of 1x1; ``"n"``
+            normalises what is pooled over the images, whose differences are small beside their mean.
     """
 
     def __init__(self, conv: nn.Conv2d, parts: str) -> None:
         super().__init__()
         self.conv, self.pooled = conv, 4 if "4" in parts else 1
         self.sizes = [conv.in_channels * ("i" in parts), *(conv.out_channels * (part in parts) for part in "os")]
-        self.hidden = nn.Linear(conv.in_channels * self.pooled**2, HIDDEN)
+        features = conv.in_channels * self.pooled**2
+        self.normal = nn.BatchNorm1d(features, affine=False) if "n" in parts else nn.Identity()
+        self.hidden = nn.Linear(features, HIDDEN)
         self.router = nn.Linear(HIDDEN, sum(self.sizes))
         nn.init.zeros_(self.router.weight)
         nn.init.zeros_(self.router.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H', W']."""
-        pooled = F.adaptive_avg_pool2d(x, self.pooled).flatten(1)
+        pooled = self.normal(F.adaptive_avg_pool2d(x, self.pooled).flatten(1))
         read, scale, shift = self.router(F.relu(self.hidden(pooled)))[..., None, None].split(self.sizes, 1)
         out: Tensor = self.conv(x * (1 + torch.tanh(read)) if self.sizes[0] else x)
         out = out * (1 + torch.tanh(scale)) if self.sizes[1] else out
