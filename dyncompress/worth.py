@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 
 from dyncompress.cost import Choice, CostModel
 from dyncompress.graph import Operation
@@ -131,17 +132,20 @@ def chosen(
 def _dynamic(
     prediction: Prediction, model: CostModel, keep: Sequence[int]
 ) -> list[tuple[list[Operation], Method, _Times]]:
-    """The sets of dynamic convolutions, with the forms that they are compared in measured beside each other."""
+    """The sets of dynamic convolutions, with the forms that they are compared in measured in the same rounds.
+
+    One form of every set runs, then the next of every set: right after another form of itself a layer would find its
+    input in the cache, and look fast.
+    """
     times = _Times(prediction, model, keep)
     methods = [(members, model.choices[members[0].module].method) for members in model.sets]
     found = [(members, method, times) for members, method in methods if not isinstance(method, Static)]
-    forms: list[Layers] = []
+    compared: list[list[list[Layers]]] = []
     for members, method, _ in found:
         subsets = [members, *([op for op in members if op is not left] for left in members)]
-        for form in (method, *_halved(method)):
-            for subset in filter(None, subsets):
-                forms += prediction.entries_of(form, subset, model, keep)
-        forms += prediction.entries_of(Static(), members, model, keep)
+        asked = [(form, subset) for form in (method, *_halved(method)) for subset in subsets if subset]
+        compared.append([prediction.entries_of(*each, model, keep) for each in [(Static(), members), *asked]])
+    forms = [entry for turn in zip_longest(*compared, fillvalue=()) for entries in turn for entry in entries]
     if forms:
         prediction.table.times(forms)
     return found

@@ -135,6 +135,17 @@ def test_what_a_bank_adds_is_told_per_layer(tmp_path, monkeypatch):
     assert str(told[0]) == f"measured 12.5 us dynamic against 10 us static at 16x16, {told_threads}"
 
 
+def test_no_layer_is_measured_right_after_another_form_of_itself(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(LatencyTable, "times", lambda self, layers: asked.append(list(layers)) or [1.0] * len(layers))
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 64, 3))
+    plan = make_plan(net, X, "60%", DyNet(placement="all"))
+    worth(prediction(net, tmp_path), plan.costs, plan.widths)
+    first = [(type(each.method), getattr(each.method, "g", 0), each.runs[0].spec.in_channels) for each in asked[0]]
+    narrow, wide = plan.widths  # the inputs of both dynamic layers
+    assert first == [(Static, 0, narrow), (Static, 0, wide), *((DyNet, g, w) for g in (4, 2) for w in (narrow, wide))]
+
+
 @pytest.mark.parametrize(
     ("bank", "router", "methods", "reason"),
     [
