@@ -82,6 +82,7 @@ _ALL = (
     Arm("dynet", "dynet"),
     Arm("dynet, by importance", "dynet", allocation="importance"),
     Arm("odconv, no taps", "odconv", {"spatial": False}),
+    Arm("odconv, no taps, a router per block", "odconv", {"spatial": False, "router": "block"}),
     Arm("odconv, no taps, by importance", "odconv", {"spatial": False}, "importance"),
     Arm("odconv, no taps, ranked by taylor", "odconv", {"spatial": False}, importance="taylor"),
     Arm("odconv, no taps, by sensitivity", "odconv", {"spatial": False}, "sensitivity"),

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.execution import dynamic_conv
-from dyncompress.layers.inference import BlockRouter, MixedConv, arranged
+from dyncompress.layers.inference import MixedConv, arranged, parts_of
 from dyncompress.layers.method import DynamicConv, Method, register_method
+from dyncompress.layers.options import check_choice
 from dyncompress.layers.placement import check_placement, placed
-from dyncompress.layers.router import Handover, RouterLinear, Squeeze
+from dyncompress.layers.router import Handover, RouterLinear, Squeeze, squeezed
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 from dyncompress.layers.warmstart import atoms
 
@@ -83,8 +84,7 @@ class DyNet:
             raise DynCompressError(
                 f"g {shown(self.g)} is no number of kernels: give 2 to {_MOST_KERNELS} (1 leaves layers static)"
             )
-        if not isinstance(self.router, str) or self.router not in ("block", "layer"):
-            raise DynCompressError(f"router {shown(self.router)} is unknown: choose 'block' or 'layer'")
+        check_choice("router", self.router, ("block", "layer"))
         if self.reduction is not None and (type(self.reduction) is not int or self.reduction < 0):
             raise DynCompressError(
                 f"reduction {shown(self.reduction)} is no divisor of channels: give one such as 4, 0 for one linear"
@@ -232,14 +232,7 @@ class DyNetConv(DynamicConv):
 
     def coefficients(self, x: Tensor) -> Tensor:
         """Coefficients [B, out, g] in (0, 1), of x [B, in, *size] or of the block's input; fp32 at least."""
-        if self.squeeze is not None:
-            features = self.squeeze(x)
-            if self.handover is not None:
-                self.handover.put(features)
-        else:
-            assert self.handover is not None and self.reader is not None
-            features = self.handover.take(self.reader, x)
-        eta: Tensor = torch.sigmoid(self.router(features))
+        eta: Tensor = torch.sigmoid(self.router(squeezed(x, self.squeeze, self.handover, self.reader)))
         return eta.reshape(-1, self.spec.out_channels, self.g)
 
     @torch.no_grad()
@@ -280,20 +273,15 @@ class DyNetConv(DynamicConv):
     @classmethod
     def shipped(cls, layers: Sequence[DyNetConv]) -> list[nn.Module]:
         """One router for the block, in its first layer; see :mod:`dyncompress.layers.inference`."""
-        first, handover = layers[0], Handover(len(layers) - 1) if len(layers) > 1 else None
-        assert first.squeeze is not None
-        reduce = first.squeeze.reduce
-        weights = [arranged(layer.router.weight, layer.bank) for layer in layers]
-        biases = [arranged(layer.router.bias, layer.bank) for layer in layers]
-        hidden = None if reduce is None else (reduce.weight, reduce.bias)
-        router = BlockRouter(torch.cat(weights), torch.cat(biases), hidden)
-        made: list[nn.Module] = []
-        start = 0
-        for index, layer in enumerate(layers):
-            own, reader = (router, None) if index == 0 else (None, index - 1)
-            made.append(MixedConv(layer.spec, layer.bank, layer.bias, start, own, handover, reader, cls.method))
-            start += len(biases[index])
-        return made
+        assert layers[0].squeeze is not None
+        rows = [
+            (arranged(layer.router.weight, layer.bank), arranged(layer.router.bias, layer.bank)) for layer in layers
+        ]
+        parts = parts_of(rows, layers[0].squeeze.reduce)
+        return [
+            MixedConv(layer.spec, layer.bank, layer.bias, part, cls.method)
+            for layer, part in zip(layers, parts, strict=True)
+        ]
 
     def extra_repr(self) -> str:
         """Method, shapes, g, and whose input the router reads."""

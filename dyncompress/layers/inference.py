@@ -12,8 +12,9 @@ The same numbers as the layers that it is made of, by fewer and cheaper calls:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from dyncompress.layers.mixing import autocasts
 from dyncompress.layers.router import LIMIT, Handover
 from dyncompress.layers.spec import ConvSpec
 
-__all__ = ["BlockRouter", "MixedConv", "ScaledConv", "ShippedConv", "arranged", "reuse_kernels"]
+__all__ = ["BlockRouter", "MixedConv", "Part", "ScaledConv", "ShippedConv", "arranged", "parts_of", "reuse_kernels"]
 
 # torch multiplies matrices with fewer products than this in a plain loop, ten times slower than elementwise arithmetic.
 _SMALL_PRODUCT = 400
@@ -65,6 +66,43 @@ class BlockRouter(nn.Module):
         return _affine(h, weight, bias, share if hidden is None else 1.0).sigmoid().view(shape[0], -1)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A layer's part in the router of its block.
+
+    Attributes:
+        first: Where its coefficients begin among those of the block.
+        count: How many it has.
+        router: Predicts all of them from this layer's input; None for a layer that reads another's.
+        handover: What the layers of a block share; None for a layer on its own.
+        reader: This layer's place in the handover; None for the layer that writes.
+    """
+
+    first: int
+    count: int
+    router: BlockRouter | None
+    handover: Handover | None
+    reader: int | None
+
+
+def parts_of(rows: Sequence[tuple[Tensor, Tensor]], hidden: nn.Linear | None) -> list[Part]:
+    """One router for layers that were built together: it is the first one's, and the others read from it.
+
+    Args:
+        rows: Per layer, weight [rows, features] and bias [rows] of its coefficients.
+        hidden: What turns the first one's squeezed input into features, followed by a ReLU; None for nothing.
+    """
+    weights, biases = zip(*rows, strict=True)
+    first = None if hidden is None else (hidden.weight, hidden.bias)
+    router = BlockRouter(torch.cat(weights), torch.cat(biases), first)
+    handover = Handover(len(rows) - 1) if len(rows) > 1 else None
+    starts = [sum(map(len, biases[:i])) for i in range(len(rows))]
+    return [
+        Part(start, len(bias), None if i else router, handover, i - 1 if i else None)
+        for i, (start, bias) in enumerate(zip(starts, biases, strict=True))
+    ]
+
+
 class ShippedConv(DynamicConv):
     """A convolution with one kernel per image, as it is shipped.
 
@@ -74,20 +112,37 @@ class ShippedConv(DynamicConv):
     Args:
         spec: Its shapes.
         bias: [out], or None.
+        part: Its part in the router of its block.
         method: Name of the method, for people.
     """
 
     bias: nn.Parameter | None
     _kernel: Tensor | None
 
-    def __init__(self, spec: ConvSpec, bias: Tensor | None, method: str) -> None:
+    def __init__(self, spec: ConvSpec, bias: Tensor | None, part: Part, method: str) -> None:
         super().__init__(spec)
+        self.add_module("router", part.router)
+        self.handover, self.reader = part.handover, part.reader
+        self.first, self.count = part.first, part.count
         self.method = method  # type: ignore[misc]
         self.register_parameter("bias", None if bias is None else _constant(bias))
         # Asked once, since a spec computes its answers.
         self._weight_shape, self._pads, self._dims = spec.weight_shape, spec.even_pads, spec.ndim + 2
         self._pointwise = spec.is_pointwise and bias is not None
         self._reuse, self._kernel = False, None
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """Of this layer, [B, count], of x or of the input of its block."""
+        router, handover = self._modules["router"], self.handover
+        if router is not None:
+            eta: Tensor = router.forward(x)
+            if handover is None:
+                return eta
+            handover.put(eta)
+        else:
+            assert handover is not None and self.reader is not None
+            eta = handover.take(self.reader, x)
+        return eta.narrow(1, self.first, self.count)
 
     def mixed(self, x: Tensor, alone: bool) -> tuple[Tensor | None, Tensor]:
         """The kernel of the only image of a batch, or None where there are more, and all coefficients."""
@@ -135,52 +190,25 @@ class MixedConv(ShippedConv):
         spec: Its shapes.
         bank: [out, g, in / groups, *kernel].
         bias: [out], or None.
-        first: Where its coefficients begin among those of the block; there are out * g, in the order of `arranged`.
-        router: Predicts the block's coefficients from this layer's input; None for a layer that reads another's.
-        handover: What the layers of a block share; None for a layer on its own.
-        reader: This layer's place in the handover; None for the layer that writes.
+        part: Its part in the router of its block: out * g coefficients, in the order of `arranged`.
         method: Name of the method, for people.
     """
 
-    def __init__(
-        self,
-        spec: ConvSpec,
-        bank: Tensor,
-        bias: Tensor | None,
-        first: int,
-        router: BlockRouter | None,
-        handover: Handover | None,
-        reader: int | None,
-        method: str,
-    ) -> None:
-        super().__init__(spec, bias, method)
+    def __init__(self, spec: ConvSpec, bank: Tensor, bias: Tensor | None, part: Part, method: str) -> None:
+        super().__init__(spec, bias, part, method)
         self.by_product = is_product(bank)
         stacked = bank.detach().flatten(2).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         self.bank = nn.Parameter(stacked.transpose(0, 1) if self.by_product else stacked, requires_grad=False)
-        self.add_module("router", router)
-        self.handover, self.reader = handover, reader
-        self.first, self.count, self.g = first, bank.shape[0] * bank.shape[1], bank.shape[1]
+        self.g = bank.shape[1]
 
     def mixed(self, x: Tensor, alone: bool) -> tuple[Tensor | None, Tensor]:
         """See :meth:`ShippedConv.mixed`; coefficients [B, out * g]."""
-        eta = self._coefficients(x)
+        eta = self.coefficients(x)
         return self._mix(eta) if alone else None, eta
 
     def many(self, x: Tensor, eta: Tensor) -> Tensor:
         """See :meth:`ShippedConv.many`."""
         return dynamic_conv(x, *self._as_trained(eta), self.bias, self.spec)
-
-    def _coefficients(self, x: Tensor) -> Tensor:
-        router, handover = self._modules["router"], self.handover
-        if router is not None:
-            eta: Tensor = router.forward(x)
-            if handover is None:
-                return eta
-            handover.put(eta)
-        else:
-            assert handover is not None and self.reader is not None
-            eta = handover.take(self.reader, x)
-        return eta.narrow(1, self.first, self.count)
 
     def _mix(self, eta: Tensor) -> Tensor:
         """The kernel [out, in / groups, *kernel] of one image; eta [1, out * g]."""
@@ -213,26 +241,24 @@ class ScaledConv(ShippedConv):
         kernel: W [out, in / groups, *kernel].
         bias: [out], or None.
         filters: Whether there is an f.
-        router: Predicts the sigmoids [B, in + out], or [B, in].
+        part: Its part in the router of its block: in + out sigmoids, or in.
         method: Name of the method, for people.
     """
 
     def __init__(
-        self, spec: ConvSpec, kernel: Tensor, bias: Tensor | None, filters: bool, router: BlockRouter, method: str
+        self, spec: ConvSpec, kernel: Tensor, bias: Tensor | None, filters: bool, part: Part, method: str
     ) -> None:
-        super().__init__(spec, bias, method)
+        super().__init__(spec, bias, part, method)
         # [groups, out / groups, in / groups, *kernel], so that the scales of both sides meet it.
         self.bank = _constant(kernel.unflatten(0, (self.groups, -1)) * (4 if filters else 2))
-        self.router = router
         self.filters = filters
         ones = (1,) * spec.ndim
         self._ins, self._outs = (self.groups, 1, -1, *ones), (self.groups, -1, 1, *ones)
 
     def mixed(self, x: Tensor, alone: bool) -> tuple[Tensor | None, Tensor]:
         """See :meth:`ShippedConv.mixed`; sigmoids [B, in + out]."""
-        router, bank = self._modules["router"], self._parameters["bank"]
-        assert router is not None and bank is not None
-        eta: Tensor = router.forward(x)
+        eta, bank = self.coefficients(x), self._parameters["bank"]
+        assert bank is not None
         if not alone or (bank.numel() > x.numel() and not self._reuse):
             return None, eta
         if eta.dtype != bank.dtype:

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from dyncompress.layers.annealing import Temperature, check_annealing
 from dyncompress.layers.channels import per_channel
 from dyncompress.layers.execution import convolve, dynamic_conv
-from dyncompress.layers.inference import BlockRouter, ScaledConv
-from dyncompress.layers.method import Method, PerLayer, register_method
+from dyncompress.layers.inference import ScaledConv, parts_of
+from dyncompress.layers.method import Method, register_method
 from dyncompress.layers.mixing import kernels_of
-from dyncompress.layers.options import check_flag
+from dyncompress.layers.options import check_choice, check_flag
 from dyncompress.layers.placement import affordable, better_static, check_placement, pays
-from dyncompress.layers.router import RouterLinear, Squeeze
+from dyncompress.layers.router import Handover, RouterLinear, Squeeze, squeezed
 from dyncompress.layers.sharedbank import SharedBank, check_kernels
 from dyncompress.layers.spec import ConvSite, ConvSpec, Macs
 from dyncompress.layers.static import Static
@@ -62,13 +62,15 @@ class Heads(NamedTuple):
 
 @register_method("odconv")
 @dataclass(frozen=True)
-class ODConv(PerLayer):
+class ODConv:
     """Options of ODConv.
 
     Args:
         kernels: Kernels per layer, K: the paper's "ODConv (1x)" and "(4x)" are 1 and 4.
         spatial: Whether positions within a kernel have attention. Without it, and with one kernel, no kernel is
             assembled: attention costs the router, and one product per pixel.
+        router: ``"layer"``: each layer squeezes its own input; ``"block"``: layers of a block read that of the first,
+            through one hidden layer, which takes fewer calls.
         temperature: Where training begins.
         warmup: Part of the training within which the temperature falls to 1.
         placement: ``"auto"``: give layers fewer kernels, then no spatial attention, where mixing costs more than it can
@@ -88,6 +90,7 @@ class ODConv(PerLayer):
 
     kernels: int = 1
     spatial: bool = True
+    router: Literal["layer", "block"] = "layer"
     temperature: float = 30.0
     warmup: float = 0.1
     placement: Literal["auto", "all"] = "auto"
@@ -97,8 +100,14 @@ class ODConv(PerLayer):
         check_kernels("kernels", self.kernels, "1")
         check_flag("spatial", self.spatial, "whether it's wanted")
         check_flag("linear", self.linear, "whether linear layers are wanted")
+        check_choice("router", self.router, ("block", "layer"))
         check_annealing(self.temperature, self.warmup)
         check_placement(self.placement)
+
+    @property
+    def sharing(self) -> Literal["layer", "block"]:
+        """Which layers are built together, as ``router`` says."""
+        return self.router
 
     @property
     def adapts(self) -> str:
@@ -131,7 +140,8 @@ class ODConv(PerLayer):
         """Multiply-adds per image: conv = P * S, kernels = K * P, router = hidden * (in + coefficients).
 
         S are output positions, P weights of one static kernel; there are in + out + prod(kernel) + K coefficients, less
-        those of the attentions that a layer does without. One kernel without spatial attention is not assembled.
+        those of the attentions that a layer does without. One kernel without spatial attention is not assembled. Layers
+        that read another's hidden units pay hidden * coefficients alone.
 
         Example:
             >>> site = ConvSite("c", ConvSpec(16, 32, (3, 3)), positions=64)
@@ -141,28 +151,42 @@ class ODConv(PerLayer):
             [Macs(conv=294912, kernels=0, router=1024)]
         """
         costs = []
-        for site in sites:
+        for site, (hidden, read) in zip(sites, self._routers(sites), strict=True):
             heads, weights = _heads(self, site.spec), site.spec.kernel_params
             mixed = self.kernels * weights if heads.taps or heads.kernels else 0
-            router = _hidden(site.spec) * (site.spec.in_channels + sum(heads))
+            router = hidden * (read + sum(heads))
             costs.append(Macs(weights * site.positions, mixed, router))
         return costs
 
     def params(self, sites: Sequence[ConvSite]) -> list[int]:
-        """Parameters: bank K * P, bias, router (in + 1) * hidden + (hidden + 1) * coefficients."""
+        """Parameters: bank K * P, bias, router (in + 1) * hidden + (hidden + 1) * coefficients.
+
+        The hidden layer, (in + 1) * hidden, is that of the layer which squeezes.
+        """
         counts = []
-        for site in sites:
-            hidden, spec = _hidden(site.spec), site.spec
-            router = (spec.in_channels + 1) * hidden + (hidden + 1) * sum(_heads(self, spec))
+        for site, (hidden, read) in zip(sites, self._routers(sites), strict=True):
+            spec = site.spec
+            router = (read + 1) * hidden * (read > 0) + (hidden + 1) * sum(_heads(self, spec))
             counts.append(self.kernels * spec.kernel_params + spec.out_channels * spec.bias + router)
         return counts
 
     def build(self, sites: Sequence[ConvSite]) -> list[nn.Module]:
-        """One layer per site."""
-        return [
-            ODConvLayer(site.spec, self.kernels, _heads(self, site.spec), self.temperature, self.warmup)
-            for site in sites
-        ]
+        """One layer per site; with ``router="block"`` the first one squeezes the input for all."""
+        handover = Handover(readers=len(sites) - 1) if self.router == "block" and len(sites) > 1 else None
+        layers: list[nn.Module] = []
+        for index, (site, (hidden, read)) in enumerate(zip(sites, self._routers(sites), strict=True)):
+            squeeze, reader = (Squeeze(read, hidden), None) if read else (None, index - 1)
+            temperature = Temperature(self.temperature, self.warmup)
+            heads = _heads(self, site.spec)
+            layers.append(ODConvLayer(site.spec, self.kernels, heads, temperature, hidden, squeeze, handover, reader))
+        return layers
+
+    def _routers(self, sites: Sequence[ConvSite]) -> list[tuple[int, int]]:
+        """Per site: hidden units of its router, and channels that it squeezes itself; 0 where it reads another's."""
+        if self.router == "layer":
+            return [(_hidden(site.spec), site.spec.in_channels) for site in sites]
+        hidden = _hidden(sites[0].spec)
+        return [(hidden, sites[0].spec.in_channels), *((hidden, 0) for _ in sites[1:])]
 
 
 def _heads(method: ODConv, spec: ConvSpec) -> Heads:
@@ -186,18 +210,32 @@ class ODConvLayer(SharedBank):
         spec: Shapes of the convolution.
         kernels: K.
         heads: Coefficients of each kind.
-        temperature: Where training begins.
-        warmup: Part of the training within which it falls to 1.
+        temperature: Of the coefficients.
+        hidden: Units that the router reads.
+        squeeze: Squeezes this layer's input to them; None for a layer that reads another's.
+        handover: What the layers of a block share; None for a layer on its own.
+        reader: This layer's place in the handover; None for the layer that writes.
     """
 
     method: ClassVar[str] = "odconv"
 
-    def __init__(self, spec: ConvSpec, kernels: int, heads: Heads, temperature: float, warmup: float) -> None:
+    def __init__(
+        self,
+        spec: ConvSpec,
+        kernels: int,
+        heads: Heads,
+        temperature: Temperature,
+        hidden: int,
+        squeeze: Squeeze | None,
+        handover: Handover | None,
+        reader: int | None,
+    ) -> None:
         super().__init__(spec, kernels, share=1 / kernels, taps=heads.taps > 0)
         self.heads = heads
-        self.squeeze = Squeeze(spec.in_channels, _hidden(spec))
-        self.router = RouterLinear(_hidden(spec), sum(heads))  # all heads in one product
-        self.temperature = Temperature(temperature, warmup)
+        self.squeeze = squeeze
+        self.router = RouterLinear(hidden, sum(heads))  # all heads in one product
+        self.temperature = temperature
+        self.handover, self.reader = handover, reader
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,13 +265,13 @@ class ODConvLayer(SharedBank):
         return scaled.flatten(0, 1)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of x [B, in, *size], in fp32 at least.
+        """Of x [B, in, *size], or of the input of its block, in fp32 at least.
 
         Returns:
             channels [B, in] and filters [B, out], both in (0, 2), and what mixes the bank, [B, taps, K]. None where the
             layer does without.
         """
-        logits = self.temperature(self.router(self.squeeze(x)))
+        logits = self.temperature(self.router(squeezed(x, self.squeeze, self.handover, self.reader)))
         scales = 2 * torch.sigmoid(logits)  # of all heads at once: small layers are as many calls as they make
         channels, filters, taps, _ = scales.split(tuple(self.heads), dim=1)
         eta = None
@@ -245,21 +283,23 @@ class ODConvLayer(SharedBank):
 
     @classmethod
     def shipped(cls, layers: Sequence[ODConvLayer]) -> list[nn.Module]:
-        """Those that scale channels alone as :class:`dyncompress.layers.inference.ScaledConv`, others as they are."""
-        return [layer if layer.heads.taps or layer.heads.kernels else layer._scaled() for layer in layers]
-
-    def _scaled(self) -> ScaledConv:
-        reduce = self.squeeze.reduce
-        assert reduce is not None
-        weight, bias = self.temperature(self.router.weight), self.temperature(self.router.bias)
-        router = BlockRouter(weight, bias, (reduce.weight, reduce.bias))
-        return ScaledConv(self.spec, self.bank[0, 0], self.bias, self.heads.filters > 0, router, self.method)
+        """As :class:`dyncompress.layers.inference.ScaledConv` where all scale channels alone, else as they are."""
+        if any(layer.heads.taps or layer.heads.kernels for layer in layers):
+            return list(layers)
+        assert layers[0].squeeze is not None
+        rows = [(layer.temperature(layer.router.weight), layer.temperature(layer.router.bias)) for layer in layers]
+        parts = parts_of(rows, layers[0].squeeze.reduce)
+        return [
+            ScaledConv(layer.spec, layer.bank[0, 0], layer.bias, layer.heads.filters > 0, part, cls.method)
+            for layer, part in zip(layers, parts, strict=True)
+        ]
 
     def anneal(self, progress: float) -> None:
         """Lower the temperature; see :class:`dyncompress.layers.annealing.Temperature`."""
         self.temperature.anneal(progress)
 
     def extra_repr(self) -> str:
-        """Method, shapes, K, and which attention it has."""
+        """Method, shapes, K, which attention it has, and whose input the router reads."""
         kinds = ", ".join(kind for kind, count in self.heads._asdict().items() if count)
-        return f"{super().extra_repr()}, kernels={self.kernels}, attention to {kinds}"
+        source = "" if self.squeeze is not None else ", routed by its block's input"
+        return f"{super().extra_repr()}, kernels={self.kernels}, attention to {kinds}{source}"

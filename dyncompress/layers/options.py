@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 from dyncompress.errors import DynCompressError, shown
 
-__all__ = ["check_count", "check_flag", "check_part", "is_number"]
+__all__ = ["check_choice", "check_count", "check_flag", "check_part", "is_number"]
+
+
+def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless an option is one of some words.
+
+    Raises:
+        DynCompressError: If it is anything else.
+
+    Example:
+        >>> check_choice("router", "stage", ("block", "layer"))
+        Traceback (most recent call last):
+        dyncompress.errors.DynCompressError: router 'stage' is unknown: choose 'block' or 'layer'
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise DynCompressError(f"{option} {shown(value)} is unknown: choose {' or '.join(map(repr, choices))}")
 
 
 def check_count(option: str, value: object, of: str, least: int, most: int, advice: str) -> None:

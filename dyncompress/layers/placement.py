@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dyncompress.errors import DynCompressError, shown
 from dyncompress.layers.method import Method
+from dyncompress.layers.options import check_choice
 from dyncompress.layers.spec import ConvSite
 from dyncompress.layers.static import Static
 
@@ -24,8 +24,7 @@ _BYTES = 4  # of a weight
 
 def check_placement(placement: object) -> None:
     """Raise unless an option ``placement`` is one that methods know."""
-    if not isinstance(placement, str) or placement not in ("auto", "all"):
-        raise DynCompressError(f"placement {shown(placement)} is unknown: choose 'auto' or 'all'")
+    check_choice("placement", placement, ("auto", "all"))
 
 
 def better_static(site: ConvSite) -> str:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dyncompress.errors import DynCompressError
 from dyncompress.layers.mixing import full_precision
 
-__all__ = ["LIMIT", "Handover", "RouterLinear", "Squeeze"]
+__all__ = ["LIMIT", "Handover", "RouterLinear", "Squeeze", "squeezed"]
 
 LIMIT = 1e18  # of a feature: two linear layers of any sensible width and weight stay below 1e38
 
@@ -135,6 +135,27 @@ class Handover:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_readers": self._readers, "_waiting": {}}
+
+
+def squeezed(x: Tensor, squeeze: Squeeze | None, handover: Handover | None, reader: int | None) -> Tensor:
+    """What a layer's router reads: its own input, handed on to the others of its block, or what they were left.
+
+    Args:
+        x: The layer's input, [B, in, *size].
+        squeeze: Of the layer that owns it; None for one that reads another's.
+        handover: What the layers of a block share; None for a layer on its own.
+        reader: The layer's place in the handover; None for the owner.
+
+    Returns:
+        [B, features].
+    """
+    if squeeze is None:
+        assert handover is not None and reader is not None
+        return handover.take(reader, x)
+    features: Tensor = squeeze(x)
+    if handover is not None:
+        handover.put(features)
+    return features
 
 
 _COMPILED = 0  # no thread's number; within a graph nothing is shared between threads

@@ -17,6 +17,8 @@ METHODS = [
     ODConv(kernels=4),
     ODConv(kernels=2, spatial=False),
     ODConv(kernels=1, spatial=False),
+    ODConv(kernels=1, spatial=False, router="block"),
+    ODConv(kernels=2, router="block"),
     C2sp(g=2),
     KernelWarehouse(ratio=0.5),
     KernelWarehouse(ratio=2, cell=0.5),

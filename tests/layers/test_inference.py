@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_shipped_attention_to_channels_computes_the_same(index, batch, side):
         assert torch.allclose(layer(x), made(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_a_block_with_one_router_is_shipped_with_one(batch):
+    layers = block(replace(ATTENTION, router="block"))
+    for layer in layers:
+        layer.anneal(0.05)
+    made = shipped(layers)
+    routers = [m for layer in made for m in layer.modules() if isinstance(m, BlockRouter)]
+    coefficients = (12 + 16) + (16 + 24) + (24 + 12) + 12 + (12 + 8)  # the depthwise layer's filters are its channels
+    assert [tuple(r.weight.shape) for r in routers] == [(coefficients, 16)]
+    x = torch.randn(batch, 12, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(through(layers, x), through(made, x), rtol=1e-10, atol=1e-12)
+
+
 def test_scales_of_channels_are_the_sigmoids_times_two_each():
     (made,) = shipped(block(ODConv(spatial=False, placement="all"))[:1])
     x = torch.randn(1, 12, 8, 8, dtype=torch.float64)
@@ -99,6 +114,8 @@ def test_attention_that_mixes_is_shipped_as_it_is():
     for method in (ODConv(placement="all"), ODConv(kernels=2, spatial=False, placement="all")):
         layer = block(method)[0]
         assert shipped([layer]) == [layer]
+    layers = block(ODConv(placement="all", router="block"))  # pointwise ones mix nothing, and read what the others read
+    assert shipped(layers) == layers
 
 
 @pytest.mark.parametrize("method", [DyNet(4, placement="all"), ATTENTION])

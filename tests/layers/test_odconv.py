@@ -116,6 +116,26 @@ def test_absorbs_an_affine_map(kernels: int) -> None:
     assert (conv(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_a_block_has_one_hidden_layer_that_reads_the_input_of_the_first() -> None:
+    sites = [ConvSite("a", SPEC, 64), ConvSite("b", ConvSpec(12, 8, (3, 3), padding=(1, 1)), 64)]
+    method = ODConv(spatial=False, router="block", temperature=1.0)
+    # hidden 16; a squeezes 8 channels and has 8 + 12 coefficients, b squeezes nothing and has 12 + 8
+    assert [cost.router for cost in method.macs(sites)] == [16 * (8 + 20), 16 * 20]
+    first, second = layers = method.build(sites)
+    assert [sum(p.numel() for p in each.parameters()) for each in layers] == method.params(sites)
+    assert method.params(sites) == [864 + 12 + 9 * 16 + 17 * 20, 864 + 8 + 17 * 20]
+    for each in layers:
+        nn.init.normal_(each.router.weight)
+    x = torch.randn(2, 8, 6, 6)
+    inner = first(x)
+    hidden = first.squeeze(x)
+    channels, filters, _ = second.coefficients(inner)
+    found = 2 * torch.sigmoid(hidden @ second.router.weight.T + second.router.bias)
+    assert torch.equal(torch.cat([channels, filters], 1), found)
+    with pytest.raises(DynCompressError, match="no coefficients wait for this layer"):
+        second(inner)
+
+
 def test_placement_takes_kernels_first_then_spatial_attention() -> None:
     small, large = ConvSpec(32, 32, (3, 3)), ConvSpec(512, 512, (3, 3))
 
