@@ -3,6 +3,7 @@
     python -m benchmarks.warmstart --data FOLDER --weights FILE             # options, on test images
     python -m benchmarks.warmstart --data FOLDER --weights FILE --tune      # strength and images, on training images
     python -m benchmarks.warmstart --data FOLDER --weights FILE --dynamics  # zero or fitted, and what either takes
+    python -m benchmarks.warmstart --data FOLDER --weights FILE --rankings  # channels by magnitude, or by Taylor scores
     python -m benchmarks.warmstart --page                                   # writes the last one's table into the page
 
 FOLDER holds train.parquet and test.parquet (``recipes/cifar10.py``), FILE the trained network. Rows are written as they
@@ -38,6 +39,7 @@ TARGETS = ("33%", "50%", "25%", "75%")
 STARTS = ("kept weights", "plain", "ridge")
 DYNAMICS = (*FIELDS, "seconds")
 OPTIONS = {"odconv": {"spatial": False}}
+BY_TAYLOR = ", ranked by taylor"
 PAGE, MARK = ROOT / "docs/warm_start.md", "<!-- dynamics -->"
 HELD_OUT, CALIBRATION, BATCH = 4000, 1024, 128  # training images: to score on, to calibrate on
 
@@ -76,6 +78,11 @@ class Lab:
                 right += int((net.eval()(self._images(split, at)).argmax(1) == self.splits[split][1][at]).sum())
         return 100 * right / len(chosen)
 
+    def labelled(self, images: int) -> list[tuple[Tensor, Tensor]]:
+        """The same with their labels."""
+        parts = (HELD_OUT + torch.arange(images)).split(BATCH)
+        return [(self._images("train", at), self.splits["train"][1][at]) for at in parts]
+
     def _images(self, split: str, at: Tensor) -> Tensor:
         images = (self.splits[split][0][at].float() - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)
@@ -101,6 +108,12 @@ def dynamics_jobs() -> list[dict[str, Any]]:
     """What ``--dynamics`` measures: a row each, of which seconds are CPU time of the conversion."""
     names = itertools.product((256, 1024), ("25%", "33%"), ("dynet", "odconv"), ("ridge", "fitted"))
     return [row(method, "uniform", target, start, 0.1, images) for images, target, method, start in names]
+
+
+def rankings_jobs() -> list[dict[str, Any]]:
+    """What ``--rankings`` measures: a row each."""
+    names = itertools.product(("25%", "33%", "50%"), ("", BY_TAYLOR))
+    return [row("static", f"uniform{ranking}", target, "ridge", 0.1, 1024) for target, ranking in names]
 
 
 def dynamics_table(rows: list[dict[str, str]]) -> str:
@@ -131,9 +144,13 @@ def row(method: str, allocation: str, target: str, start: str, strength: float =
 
 def accuracy(lab: Lab, job: dict[str, Any], split: str) -> tuple[float, float]:
     """Step-0 accuracy of one job, and seconds of CPU that the conversion took."""
+    allocation = job["allocation"].removesuffix(BY_TAYLOR)
+    ranking: dict[str, Any] = {}
+    if allocation != job["allocation"]:
+        ranking = {"importance": "taylor", "batches": lab.labelled(job["images"])}
     plan = dc.make_plan(
-        lab.net, torch.zeros(1, 3, 32, 32), job["target"], job["method"], allocation=job["allocation"],
-        options=OPTIONS.get(job["method"]),
+        lab.net, torch.zeros(1, 3, 32, 32), job["target"], job["method"], allocation=allocation,
+        options=OPTIONS.get(job["method"]), **ranking,
     )  # fmt: skip
     calibrate = None if job["start"] == "kept weights" else lab.batches(job["images"])
     start: str | WarmStart = "plain"
@@ -153,6 +170,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--tune", action="store_true", help="strength and number of images, on held-out training data")
     parser.add_argument("--dynamics", action="store_true", help="dynamics that start at zero, or fitted")
+    parser.add_argument("--rankings", action="store_true", help="which channels stay: by magnitude, or Taylor scores")
     parser.add_argument("--page", action="store_true", help="write the table of --dynamics into docs/warm_start.md")
     parser.add_argument(
         "--scored", type=int, default=2000, help=f"images that accuracy is of, at most {HELD_OUT} with --tune"
@@ -171,6 +189,8 @@ def main() -> None:
         name = "warmstart_tuning.csv"
     if given.dynamics:
         name, todo, fields = "warmstart_dynamics.csv", dynamics_jobs(), DYNAMICS
+    if given.rankings:
+        name, todo = "warmstart_rankings.csv", rankings_jobs()
     with (RESULTS / name).open("a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         measured = ("accuracy", "seconds")

@@ -10,7 +10,7 @@ Scores of different groups are compared with one threshold, so they need one uni
 none: doubling a layer's weights and halving the next one's changes nothing. They are divided by the group's mean.
 Taylor scores are all in units of the loss, but a first-order estimate is of small changes: with one threshold on them
 CIFAR-10 ResNet-20 at 25 % of the MACs kept 8 of 64 channels in late layers, and had 78.9 % where equal widths had 83.1
-(`python -m benchmarks.accuracy`, 4 epochs, one seed). So they are divided by the group's mean, too.
+(docs/allocation.md). So they are divided by the group's mean, too.
 """
 
 from __future__ import annotations
