@@ -317,7 +317,7 @@ def test_workers(end: str, record_property: Callable[..., None]) -> None:
 
 
 SCRIPT = """
-import sys, threading
+import signal, sys, threading
 from tests.classifiers import classifier, fit
 from dyncompress import DynCompress
 import lightning.pytorch as pl
@@ -327,6 +327,7 @@ class Ready(pl.Callback):
         if trainer.global_step == 5:
             print("ready", flush=True)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 module = classifier()()
 try:
     fit(module, DynCompress("50%"), Ready(), max_epochs=-1, limit_val_batches=0)
@@ -353,6 +354,7 @@ def test_interrupted(record_property: Callable[..., None]) -> None:
         assert process.wait(60) == 1
     finally:
         process.kill()
+        process.wait()
         process.stdout.close()
     assert seen.count(["ready"]) == 1
     assert seen[-1] == ["ended", "0", "False", "1"]
