@@ -39,7 +39,7 @@ TARGETS = ("33%", "50%", "25%", "75%")
 STARTS = ("kept weights", "plain", "ridge")
 DYNAMICS = (*FIELDS, "seconds")
 OPTIONS = {"odconv": {"spatial": False}}
-BY_TAYLOR = ", ranked by taylor"
+RANKINGS = ("importance", *FIELDS)
 PAGE, MARK = ROOT / "docs/warm_start.md", "<!-- dynamics -->"
 HELD_OUT, CALIBRATION, BATCH = 4000, 1024, 128  # training images: to score on, to calibrate on
 
@@ -66,9 +66,10 @@ class Lab:
         load_weights(self.net, weights)
         self.scored = scored
 
-    def batches(self, images: int) -> list[Tensor]:
-        """Training images to calibrate on, none of those held out."""
-        return [self._images("train", at) for at in (HELD_OUT + torch.arange(images)).split(BATCH)]
+    def batches(self, images: int) -> list[tuple[Tensor, Tensor]]:
+        """Training images to calibrate on, none of those held out, and their labels."""
+        parts = (HELD_OUT + torch.arange(images)).split(BATCH)
+        return [(self._images("train", at), self.splits["train"][1][at]) for at in parts]
 
     def score(self, net: nn.Module, split: str) -> float:
         """Accuracy in %, on test images, or on training images that were held out."""
@@ -77,11 +78,6 @@ class Lab:
             for at in chosen.split(250):
                 right += int((net.eval()(self._images(split, at)).argmax(1) == self.splits[split][1][at]).sum())
         return 100 * right / len(chosen)
-
-    def labelled(self, images: int) -> list[tuple[Tensor, Tensor]]:
-        """The same with their labels."""
-        parts = (HELD_OUT + torch.arange(images)).split(BATCH)
-        return [(self._images("train", at), self.splits["train"][1][at]) for at in parts]
 
     def _images(self, split: str, at: Tensor) -> Tensor:
         images = (self.splits[split][0][at].float() - self.mean) / self.std
@@ -112,8 +108,8 @@ def dynamics_jobs() -> list[dict[str, Any]]:
 
 def rankings_jobs() -> list[dict[str, Any]]:
     """What ``--rankings`` measures: a row each."""
-    names = itertools.product(("25%", "33%", "50%"), ("", BY_TAYLOR))
-    return [row("static", f"uniform{ranking}", target, "ridge", 0.1, 1024) for target, ranking in names]
+    names = itertools.product(("25%", "33%", "50%"), ("magnitude", "taylor"))
+    return [{"importance": each, **row("static", "uniform", target, "ridge", 0.1, 1024)} for target, each in names]
 
 
 def dynamics_table(rows: list[dict[str, str]]) -> str:
@@ -144,15 +140,12 @@ def row(method: str, allocation: str, target: str, start: str, strength: float =
 
 def accuracy(lab: Lab, job: dict[str, Any], split: str) -> tuple[float, float]:
     """Step-0 accuracy of one job, and seconds of CPU that the conversion took."""
-    allocation = job["allocation"].removesuffix(BY_TAYLOR)
-    ranking: dict[str, Any] = {}
-    if allocation != job["allocation"]:
-        ranking = {"importance": "taylor", "batches": lab.labelled(job["images"])}
+    batches, importance = lab.batches(job["images"]), job.get("importance", "magnitude")
     plan = dc.make_plan(
-        lab.net, torch.zeros(1, 3, 32, 32), job["target"], job["method"], allocation=allocation,
-        options=OPTIONS.get(job["method"]), **ranking,
+        lab.net, torch.zeros(1, 3, 32, 32), job["target"], job["method"], allocation=job["allocation"],
+        options=OPTIONS.get(job["method"]), importance=importance, batches=batches if importance == "taylor" else None,
     )  # fmt: skip
-    calibrate = None if job["start"] == "kept weights" else lab.batches(job["images"])
+    calibrate = None if job["start"] == "kept weights" else [images for images, _ in batches]
     start: str | WarmStart = "plain"
     if job["strength"] != "":
         dynamics: Any = "fitted" if job["start"] == "fitted" else "zero"
@@ -190,7 +183,7 @@ def main() -> None:
     if given.dynamics:
         name, todo, fields = "warmstart_dynamics.csv", dynamics_jobs(), DYNAMICS
     if given.rankings:
-        name, todo = "warmstart_rankings.csv", rankings_jobs()
+        name, todo, fields = "warmstart_rankings.csv", rankings_jobs(), RANKINGS
     with (RESULTS / name).open("a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         measured = ("accuracy", "seconds")

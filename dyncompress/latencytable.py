@@ -307,8 +307,8 @@ class LatencyTable:
     def measure(self, runs: Sequence[Callable[[], object]]) -> Timed:
         """Time callables on this device, up to three times while other work keeps a core from this process.
 
-        Where several threads wait for one that has no core, each layer takes what the scheduler's time slice is: times
-        differed by a factor of 20 so.
+        Where several threads wait for one that has no core, a layer takes a time slice of the scheduler, however small
+        it is.
 
         Raises:
             PlanError: If the machine is busy each time.

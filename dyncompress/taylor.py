@@ -34,8 +34,7 @@ def taylor(net: nn.Module, graph: ConvGraph, batches: Iterable[Any], loss: Loss 
         score[c] = |sum over the weights w that read c of w * dL/dw| = |sum over positions of a[c] * dL/da[c]|
 
     where ``a[c]`` is the channel's activation. The network is in eval mode: the student's BatchNorms start from the
-    same statistics. A group's scores are divided by their mean. Their sum over a group is what the loss loses, to first
-    order, with the whole group gone, and says little of how many of its channels can go.
+    same statistics. A group's scores are divided by their mean (:mod:`dyncompress.importance` says why).
 
     Args:
         net: The network that the graph was traced from; left as it was.

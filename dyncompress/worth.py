@@ -135,7 +135,7 @@ def _dynamic(
     """The sets of dynamic convolutions, with the forms that they are compared in measured in the same rounds.
 
     One form of every set runs, then the next of every set: right after another form of itself a layer would find its
-    input in the cache, and look fast.
+    input in the cache.
     """
     times = _Times(prediction, model, keep)
     methods = [(members, model.choices[members[0].module].method) for members in model.sets]

@@ -84,8 +84,6 @@ _ALL = (
     Arm("odconv, no taps", "odconv", {"spatial": False}),
     Arm("odconv, no taps, a router per block", "odconv", {"spatial": False, "router": "block"}),
     Arm("odconv, no taps, by importance", "odconv", {"spatial": False}, "importance"),
-    Arm("odconv, no taps, ranked by taylor", "odconv", {"spatial": False}, importance="taylor"),
-    Arm("odconv, no taps, by sensitivity", "odconv", {"spatial": False}, "sensitivity"),
     Arm("odconv 4x", "odconv", {"kernels": 4}),
     Arm("auto", "auto"),
 )

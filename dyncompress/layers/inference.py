@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,10 @@ def parts_of(rows: Sequence[tuple[Tensor, Tensor]], hidden: nn.Linear | None) ->
     first = None if hidden is None else (hidden.weight, hidden.bias)
     router = BlockRouter(torch.cat(weights), torch.cat(biases), first)
     handover = Handover(len(rows) - 1) if len(rows) > 1 else None
-    starts = [sum(map(len, biases[:i])) for i in range(len(rows))]
+    counts = [len(bias) for bias in biases]
     return [
-        Part(start, len(bias), None if i else router, handover, i - 1 if i else None)
-        for i, (start, bias) in enumerate(zip(starts, biases, strict=True))
+        Part(start, count, None if i else router, handover, i - 1 if i else None)
+        for i, (start, count) in enumerate(zip(accumulate(counts, initial=0), counts, strict=False))
     ]
 
 

@@ -15,6 +15,7 @@ Deviations from the paper:
 
 * Each sigmoid has a factor 2, so that it starts at 1 and kernels at the scale of static ones. Same functions: the
   paper's with kernels divided by 2 for each of c, f and s.
+* With ``router="block"`` the layers of a block share h, of the first one's input, as in DyNet.
 * No BatchNorm in the router: it mixes the images of a batch, and knows no batch of one in training.
 * A bias, which authors' code has none of, stays outside.
 * Kernels and positions are mixed by one product per position; K kernels per image are never in memory.
